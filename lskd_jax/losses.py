@@ -1,0 +1,262 @@
+"""The objectives, each a sum over items and the weight it must be divided by.
+
+ITC, ITM and LM are BLIP-2's stage-1 losses (Li et al. 2023; LAVIS `blip2_qformer.py`), extended to
+several statements per image: statements of one image are never each other's negatives, and in the
+image-to-text direction they are all positives. Axes as in models/student.py.
+"""
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import reshard
+
+from lskd_jax.models import layers
+from lskd_jax.models.student import PAD, Sight, Student
+from lskd_jax.parallel import ACT_B, REPLICATED
+
+QUESTION, ANSWER, RATIONALE, CAPTION = 1, 2, 3, 4  # values of the batch's `fields`
+
+
+class Weighted(NamedTuple):
+  """A sum and its weight; the mean is total / weight. Adds across microbatches without bias."""
+  total: jax.Array
+  weight: jax.Array
+
+  def mean(self) -> jax.Array:
+    return self.total / jnp.maximum(self.weight, 1e-9)
+
+
+def word_weights(fields: jax.Array, question_weight: float) -> jax.Array:
+  """Weight of each token in the LM loss: int8[B, S, T] -> float32[B, S, T].
+
+  Answers, rationales and captions count 1, questions `question_weight`, padding 0.
+  """
+  return jnp.where(fields == QUESTION, question_weight, (fields > 0).astype(jnp.float32))
+
+
+def word_likelihoods(logits: jax.Array, tokens: jax.Array) -> jax.Array:
+  """log P(token t | tokens before it): [B, S, T, V], int32[B, S, T] -> float32[B, S, T].
+
+  Entry t belongs to token t, predicted at position t - 1; entry 0 is 0.
+  """
+  scores = jax.nn.log_softmax(logits[:, :, :-1].astype(jnp.float32))
+  chosen = jnp.take_along_axis(scores, tokens[:, :, 1:, None], -1)[..., 0]
+  return jnp.pad(chosen, ((0, 0), (0, 0), (1, 0)))
+
+
+def lm_loss(logits: jax.Array, tokens: jax.Array, weights: jax.Array, smoothing: float) -> Weighted:
+  """Next-token cross-entropy with label smoothing, weighted per token of the text (ITG)."""
+  scores = jax.nn.log_softmax(logits[:, :, :-1].astype(jnp.float32))
+  chosen = jnp.take_along_axis(scores, tokens[:, :, 1:, None], -1)[..., 0]
+  loss = -(1 - smoothing) * chosen - smoothing * scores.mean(-1)
+  weights = weights[:, :, 1:]
+  return Weighted((loss * weights).sum(), weights.sum())
+
+
+def similarity(image: jax.Array, text: jax.Array) -> jax.Array:
+  """max over queries of the cosine: float32[B, Q, E], [C, S, E] -> float32[B, C, S]."""
+  return jnp.einsum("bqe,cse->bqcs", image, reshard(text, REPLICATED)).max(1)
+
+
+def itc_loss(scores: jax.Array, image_id: jax.Array, valid: jax.Array, temperature,
+             smoothing: float) -> Weighted:
+  """Image-text contrast over the global batch, both directions averaged.
+
+  Args:
+    scores: float32[B, B, S], `similarity` of image b with statement s of image c.
+    image_id: int32[B]; rows of one image are not each other's negatives.
+    valid: bool[B, S] statements that exist.
+
+  With one statement per image and distinct images this is LAVIS's loss: cross-entropy against
+  (1 - smoothing) one-hot + smoothing / N.
+  """
+  logits = scores / temperature
+  batch, _, texts = scores.shape
+  ids = reshard(image_id, REPLICATED)
+  other = (image_id[:, None] != ids[None])[..., None] & reshard(valid, REPLICATED)[None]
+  own = (jnp.arange(batch)[:, None] == jnp.arange(batch)[None])
+  positive = jnp.where(own[..., None], logits, 0).sum(1)  # [B, S]: image b with its own statements
+  # Image to text: the statement against all statements of other images.
+  negatives = _log_sum(logits, other, (1, 2))[:, None]
+  counts = 1 + other.sum((1, 2))[:, None]
+  smooth = (positive + jnp.where(other, logits, 0).sum((1, 2))[:, None]) / counts
+  image_to_text = jnp.logaddexp(positive, negatives) - (1 - smoothing) * positive - smoothing * smooth
+  # Text to image: the image against all other images.
+  columns = jnp.where(other, logits, -jnp.inf)
+  negatives = reshard(_log_sum(columns, other, 0), ACT_B)
+  counts = 1 + reshard(other.sum(0), ACT_B)
+  smooth = (positive + reshard(jnp.where(other, logits, 0).sum(0), ACT_B)) / counts
+  text_to_image = jnp.logaddexp(positive, negatives) - (1 - smoothing) * positive - smoothing * smooth
+  loss = (image_to_text + text_to_image) / 2
+  return Weighted((loss * valid).sum(), valid.sum())
+
+
+def _log_sum(logits, mask, axis):
+  return jax.nn.logsumexp(jnp.where(mask, logits, -1e9), axis=axis)
+
+
+def itm_loss(logits: jax.Array, label: int, weights: jax.Array) -> tuple[Weighted, Weighted]:
+  """Cross-entropy of float32[B, S, 2] against `label`, and the accuracy, over weights [B, S]."""
+  loss = -jax.nn.log_softmax(logits)[..., label]
+  right = (jnp.argmax(logits, -1) == label) * weights
+  return Weighted((loss * weights).sum(), weights.sum()), Weighted(right.sum(), weights.sum())
+
+
+def draw(scores: jax.Array, allowed: jax.Array, key) -> tuple[jax.Array, jax.Array]:
+  """One index of the last axis, with probability softmax(scores) over the allowed ones.
+
+  Returns the indices and whether anything was allowed. Hard negatives are drawn with it: all rows
+  at once, inside jit.
+  """
+  choice = jax.random.categorical(key, jnp.where(allowed, scores, -1e9), axis=-1)
+  return choice, allowed.any(-1)
+
+
+def swapped_regions(boxes: jax.Array, valid: jax.Array, key) -> tuple[jax.Array, jax.Array]:
+  """The boxes of each image handed to other slots: the negatives that only pointing can tell.
+
+  A random cyclic shift in a random order of the valid slots, so that no valid slot keeps its box.
+
+  Returns:
+    boxes float32[B, R, 4], and bool[B]: whether the image has two regions to swap.
+  """
+  batch, slots = valid.shape
+  noise = jax.random.uniform(key, (batch, slots), out_sharding=ACT_B)
+  order = jnp.argsort(jnp.where(valid, noise, 2.0), axis=1)        # valid slots first, shuffled
+  count = valid.sum(1)
+  place = jnp.arange(slots)[None]
+  following = jnp.where(place + 1 < count[:, None], place + 1, 0)  # the next of the cycle
+  source = jnp.take_along_axis(order, following, axis=1)
+  # order[p] receives the box of order[p + 1]; slots without a region keep what they have.
+  is_target = jax.nn.one_hot(order, slots, dtype=boxes.dtype)
+  is_target = is_target * (place < count[:, None])[..., None]
+  moved = jnp.take_along_axis(boxes, source[..., None], axis=1)
+  received = jnp.einsum("bpr,bpc->brc", is_target, moved)
+  return jnp.where(valid[..., None], received, boxes), count >= 2
+
+
+def mentions_fit(slots: jax.Array, valid: jax.Array) -> jax.Array:
+  """Whether all regions a text mentions exist in an image: int32[C, S, T], bool[B, R] -> [B, C, S].
+
+  A negative that mentions a region its image lacks would betray itself.
+  """
+  mentioned = jax.nn.one_hot(reshard(slots, REPLICATED), valid.shape[1], dtype=jnp.float32).max(2)
+  return jnp.einsum("csr,br->bcs", mentioned, (~valid).astype(jnp.float32)) == 0
+
+
+def itm_rows(student: Student, features, batch: dict, sight: Sight, scores, weights, keys):
+  """The ITM loss of one batch: matches, hard negatives both ways, and region-swap negatives.
+
+  Negatives are drawn in proportion to exp(similarity): one other image per row for its statements,
+  and S statements of other images for its image. Region vectors always come from the image a text
+  is paired with. Returns {name: (loss, accuracy)}.
+  """
+  tokens, valid = batch["tokens"], batch["statement_valid"]
+  real = valid.astype(jnp.float32)
+  other = batch["image_id"][:, None] != reshard(batch["image_id"], REPLICATED)[None]
+  fits = mentions_fit(student.slots(tokens), batch["region_valid"])
+  if not student.config.uses_region_tokens:
+    fits = jnp.ones_like(fits)
+  rows = {"match": itm_loss(student.match(sight, tokens, keys[0]), 1, real)}
+  # Statements of image c shown another image b: needs an image with all the regions they mention.
+  needed = (fits | ~reshard(valid, REPLICATED)[None]).all(2)
+  by_text = (scores * reshard(real, REPLICATED)[None]).sum(2)
+  image, found = draw(reshard(by_text.T, ACT_B), reshard((other & needed).T, ACT_B), keys[1])
+  take = lambda rows: reshard(rows, REPLICATED).at[image].get(out_sharding=ACT_B)
+  other_sight = student.see(take(features), take(batch["boxes"]), take(batch["region_valid"]))
+  rows["other_image"] = itm_loss(student.match(other_sight, tokens, keys[2]), 0,
+                                 real * found[:, None])
+  # The image shown statements of others.
+  size, texts, length = tokens.shape
+  wide = (size, texts, size, texts)
+  spread = lambda rows: layers.reshape(
+      jnp.broadcast_to(rows[:, None], wide, out_sharding=ACT_B), size, texts, size * texts)
+  flat, allowed = spread(scores), spread(other[..., None] & fits & reshard(valid, REPLICATED)[None])
+  text, found = draw(flat, allowed, keys[3])
+  others = reshard(tokens, REPLICATED).reshape(-1, length).at[text].get(out_sharding=ACT_B)
+  rows["other_text"] = itm_loss(student.match(sight, others, keys[4]), 0,
+                                found.astype(jnp.float32) * real)
+  if weights["region_swap"] and student.config.uses_region_tokens:
+    boxes, possible = swapped_regions(batch["boxes"], batch["region_valid"], keys[5])
+    swapped = student.see(features, boxes, batch["region_valid"])
+    mentions = (student.slots(tokens) >= 0).any(-1)
+    rows["region_swap"] = itm_loss(student.match(swapped, tokens, keys[6]), 0,
+                                   real * mentions * possible[:, None] * weights["region_swap"])
+  return rows
+
+
+def student_loss(student: Student, batch: dict, weights: dict, key) -> tuple[dict, dict]:
+  """The stage-1 losses of a batch.
+
+  Args:
+    batch: as the loader gives it, on the device, with `features` [B, N, C] or `image`.
+    weights: `itc`, `itm`, `lm` (0 leaves a loss out), `region_swap` (weight of those negatives in
+      ITM), `question` (weight of a question's tokens in LM), `smoothing`.
+    key: PRNG key of this step: negatives and dropout.
+
+  Returns:
+    {loss name: Weighted}, {metric name: Weighted}.
+  """
+  features = batch["features"] if "features" in batch else student.vit(batch["image"])
+  tokens, valid = batch["tokens"], batch["statement_valid"]
+  train = key if student.config.qformer.dropout else None
+  keys = [None if train is None else jax.random.fold_in(train, i) for i in range(3)]
+  sight = student.see(features, batch["boxes"], batch["region_valid"])
+  states, cache = student.read_image(sight, keys[0])
+  losses, metrics = {}, {}
+  if weights["lm"]:
+    logits = student.predict_words(sight, cache, tokens, keys[1])
+    per_word = word_weights(batch["fields"], weights["question"]) * valid[..., None]
+    losses["lm"] = lm_loss(logits, tokens, per_word, weights["smoothing"])
+    right = (jnp.argmax(logits[:, :, :-1], -1) == tokens[:, :, 1:]) & valid[..., None]
+    asked = (batch["fields"][:, :, 1:] == ANSWER) & valid[..., None]
+    metrics["answer_words_right"] = Weighted((right & asked).sum(), asked.sum())
+  if weights["itc"] or weights["itm"]:
+    scores = similarity(student.embed_image(states), student.embed_text(tokens, keys[2]))
+  if weights["itc"]:
+    losses["itc"] = itc_loss(scores, batch["image_id"], valid, student.temperature(),
+                             weights["smoothing"])
+  if weights["itm"]:
+    itm_keys = list(jax.random.split(jax.random.fold_in(key, 3), 7))
+    for i in (0, 2, 4, 6):  # dropout keys; the others draw negatives
+      itm_keys[i] = None if train is None else itm_keys[i]
+    hardness = jax.lax.stop_gradient(scores / student.temperature())
+    rows = itm_rows(student, features, batch, sight, hardness, weights, itm_keys)
+    losses["itm"] = Weighted(*(sum(loss[i] for loss, _ in rows.values()) for i in (0, 1)))
+    metrics |= {f"itm_{name}_right": right for name, (_, right) in rows.items()}
+  return losses, metrics
+
+
+def words_loss(tagger, batch: dict, absent: int) -> tuple[dict, dict]:
+  """Binary cross-entropy of every vocabulary word against the words of captions and descriptions.
+
+  The words of a caption are those of the whole picture; the words that follow a mention in a
+  description are those of its region. Only places with a text count. Ids below `absent` (special
+  tokens) are no words.
+  """
+  logits = tagger(batch["image"], batch["boxes"], batch["region_valid"])[..., absent:]
+  tokens, regions = batch["tokens"], batch["boxes"].shape[1]
+  real = (tokens >= absent) & batch["statement_valid"][..., None]
+  place = jax.nn.one_hot(jnp.where(real, tagger.places(tokens, regions), -1), regions + 1)
+  word = jax.nn.one_hot(tokens, logits.shape[-1] + absent)[..., absent:]
+  present = (jnp.einsum("bstr,bstv->brv", place, word) > 0).astype(jnp.float32)
+  loss = -(present * jax.nn.log_sigmoid(logits) + (1 - present) * jax.nn.log_sigmoid(-logits))
+  described = present.max(-1)
+  return {"words": Weighted((loss.mean(-1) * described).sum(), described.sum())}, {}
+
+
+def critic_loss(critic, batch: dict, key) -> tuple[dict, dict]:
+  """Cross-entropy of accept, and half the squared error of each auxiliary head (LSKD critic).
+
+  The batch carries the judgements: accept int32[B, S], answer_score and rationale_score
+  float32[B, S]; each auxiliary head has its own target.
+  """
+  logits, answer, rationale = critic(batch, key)
+  valid = batch["statement_valid"].astype(jnp.float32)
+  loss = -jnp.take_along_axis(jax.nn.log_softmax(logits), batch["accept"][..., None], -1)[..., 0]
+  squared = (answer - batch["answer_score"])**2, (rationale - batch["rationale_score"])**2
+  weighted = lambda x: Weighted((x * valid).sum(), valid.sum())
+  losses = {"accept": weighted(loss), "answer": weighted(0.5 * squared[0]),
+            "rationale": weighted(0.5 * squared[1])}
+  right = (jnp.argmax(logits, -1) == batch["accept"]).astype(jnp.float32)
+  return losses, {"accept_right": weighted(right)}

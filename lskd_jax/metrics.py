@@ -1,0 +1,298 @@
+"""What a run reports: values over steps, throughput, and the share of peak FLOP/s in use."""
+from collections.abc import Mapping
+import contextlib
+import functools
+import json
+import math
+from pathlib import Path
+import time
+
+import jax
+from jax.extend.core import ClosedJaxpr, Jaxpr
+import numpy as np
+
+# --- values over steps ---------------------------------------------------------------------------
+
+
+class MetricWriter:
+  """Writes scalars to `workdir/metrics.jsonl` and, for TensorBoard, to `workdir/tensorboard/`.
+
+  The file has one line per logged step, {"step": 120, "loss": 0.7, ...}, with steps strictly
+  increasing, also over restarts. Infinite and undefined values are the strings "Infinity",
+  "-Infinity" and "NaN", since JSON has no numbers for them; Python's `float` reads them.
+
+  Writing does not wait for the device: the values of a step are fetched when the next ones come.
+  Call `flush` before each checkpoint, so that the file has every step that a checkpoint has.
+
+  Only process 0 writes; on the others every method does nothing. `workdir` is a local or mounted
+  folder.
+
+  Args:
+    workdir: the run's folder, made when missing.
+    step: the step this run resumes from; lines after it are dropped, and so is a torn last line.
+    tensorboard: False writes only the jsonl file.
+  """
+
+  def __init__(self, workdir, step: int = 0, tensorboard: bool = True):
+    self.active = jax.process_index() == 0
+    if not self.active:
+      return
+    workdir = Path(workdir)
+    workdir.mkdir(parents=True, exist_ok=True)
+    self.path = workdir / "metrics.jsonl"
+    self._pending = None  # (step, values still on the device)
+    kept = [line for line in read_metrics(self.path) if line["step"] <= step]
+    self._last = kept.pop() if kept else {"step": -1}  # may still get more values
+    temporary = self.path.with_suffix(".partial")
+    temporary.write_text("".join(json.dumps(line) + "\n" for line in kept))
+    temporary.replace(self.path)
+    self._file = self.path.open("a")
+    self._start_of_last = self._file.tell()
+    if self._last["step"] >= 0:
+      self._write_line()
+    self._board = None
+    if tensorboard:
+      import tensorboardX  # up to a second that a command without training need not wait for
+      # purge_step: TensorBoard hides what an earlier process wrote from this step on.
+      self._board = tensorboardX.SummaryWriter(str(workdir / "tensorboard"), purge_step=step + 1)
+
+  def write(self, step: int, values: Mapping) -> None:
+    """Records scalars by name (arrays on the device, or numbers) for `step`.
+
+    Values for the step of the call before are added to its line.
+
+    Raises:
+      ValueError: `step` is earlier than one already written.
+    """
+    if not self.active:
+      return
+    newest = self._pending[0] if self._pending else self._last["step"]
+    if step < newest:
+      raise ValueError(f"metrics of step {step} come after those of step {newest}")
+    self._fetch()
+    for value in jax.tree.leaves(dict(values)):
+      if isinstance(value, jax.Array):
+        value.copy_to_host_async()
+    self._pending = step, dict(values)
+
+  def flush(self) -> None:
+    """Waits for the values given so far and puts them on disk."""
+    if self.active:
+      self._fetch()
+      if self._board:
+        self._board.flush()
+
+  def _fetch(self) -> None:
+    if self._pending is None:
+      return
+    step, values = self._pending
+    self._pending = None
+    values = {name: float(value) for name, value in jax.device_get(values).items()}
+    if step != self._last["step"]:
+      self._start_of_last = self._file.tell()
+      self._last = {"step": step}
+    self._last |= {name: _for_json(value) for name, value in values.items()}
+    self._write_line()
+    if self._board:
+      for name, value in values.items():
+        self._board.add_scalar(name, value, step)
+
+  def _write_line(self) -> None:
+    """Writes the last line, in place of what the file has of it."""
+    self._file.truncate(self._start_of_last)
+    self._file.seek(self._start_of_last)
+    self._file.write(json.dumps(self._last) + "\n")
+    self._file.flush()
+
+  def close(self) -> None:
+    """Flushes and closes the files."""
+    self.flush()
+    if self.active:
+      self._file.close()
+      if self._board:
+        self._board.close()
+
+  def __enter__(self):
+    return self
+
+  def __exit__(self, *unused):
+    self.close()
+
+
+def read_metrics(path) -> list[dict]:
+  """The lines of a metrics file in order; [] if there is none. A torn line is left out."""
+  path = Path(path)
+  if not path.exists():
+    return []
+  lines = []
+  for text in path.read_text(errors="replace").splitlines():
+    try:
+      line = json.loads(text)
+    except ValueError:
+      continue
+    if isinstance(line, dict) and "step" in line:
+      lines.append(line)
+  return lines
+
+
+def _for_json(value: float) -> float | str:
+  if math.isfinite(value):
+    return value
+  return "NaN" if math.isnan(value) else "Infinity" if value > 0 else "-Infinity"
+
+
+# --- throughput ----------------------------------------------------------------------------------
+
+
+class Throughput:
+  """Rates since the last report. Time inside `paused` (evaluation, saving, compiling) is left out.
+
+      rates = Throughput(step_flops(train_step.trace(...)), peak_flops(device) * device_count)
+      with rates.waiting():
+        batch = next(batches)
+      state, metrics = train_step(state, batch)
+      rates.count(images=256, statements=1024)
+      ...
+      writer.write(step, metrics | rates.report())
+
+  A step is counted when it is dispatched, not when it is done; over a report interval the two agree
+  as long as something, such as `MetricWriter`, waits for earlier steps.
+
+  Args:
+    flops_per_step: model FLOPs of one step on all devices; None leaves `mfu` out.
+    peak: FLOP/s of all devices together; None leaves `mfu` out.
+    clock: seconds, for tests.
+  """
+
+  def __init__(self, flops_per_step: float | None = None, peak: float | None = None,
+               clock=time.perf_counter):
+    self.flops_per_step, self.peak, self.clock = flops_per_step, peak, clock
+    self.restart()
+
+  def restart(self) -> None:
+    """Forgets what was counted, for instance after the first step, which compiles."""
+    self._start, self._waited, self._paused = self.clock(), 0.0, 0.0
+    self._steps = self._images = self._statements = 0
+
+  def count(self, images: int, statements: int) -> None:
+    """Counts one step with its images and valid statements, over all hosts."""
+    self._steps += 1
+    self._images += images
+    self._statements += statements
+
+  @contextlib.contextmanager
+  def waiting(self):
+    """Time spent here is waiting for data."""
+    start = self.clock()
+    yield
+    self._waited += self.clock() - start
+
+  @contextlib.contextmanager
+  def paused(self):
+    """Time spent here does not count."""
+    start = self.clock()
+    yield
+    self._paused += self.clock() - start
+
+  def report(self) -> dict[str, float]:
+    """Rates since the last report, and starts anew; {} if no step was counted.
+
+    steps_per_second, images_per_second, statements_per_second; data_wait_share: share of the time
+    spent waiting for data; mfu, model FLOPs utilisation: model FLOPs / (seconds x peak FLOP/s).
+    """
+    seconds = self.clock() - self._start - self._paused
+    if self._steps == 0 or seconds <= 0:
+      return {}
+    rates = {
+        "steps_per_second": self._steps / seconds,
+        "images_per_second": self._images / seconds,
+        "statements_per_second": self._statements / seconds,
+        "data_wait_share": self._waited / seconds,
+    }
+    if self.flops_per_step and self.peak:
+      rates["mfu"] = self.flops_per_step * self._steps / (seconds * self.peak)
+    self.restart()
+    return rates
+
+
+# --- FLOPs ---------------------------------------------------------------------------------------
+
+# Dense bfloat16 FLOP/s of one chip, from the "System architecture" pages of the Cloud TPU
+# documentation. Keys are `device_kind`s; v5e and v6e report themselves as "lite".
+PEAK_FLOPS = {
+    "TPU v4": 275e12,
+    "TPU v5 lite": 197e12,
+    "TPU v5e": 197e12,
+    "TPU v5": 459e12,
+    "TPU v5p": 459e12,
+    "TPU v6 lite": 918e12,
+    "TPU v6e": 918e12,
+}
+
+
+def peak_flops(device) -> float | None:
+  """Peak FLOP/s of one device, or None if it is not known (then report no MFU, not a wrong one).
+
+  TPU: the published dense bfloat16 peak. CPU: what a float32 matrix product reaches here, measured
+  for a fraction of a second and divided by the number of CPU devices, which share the cores.
+  """
+  if device.platform == "cpu":
+    return _measured_matmul_flops() / jax.local_device_count("cpu")
+  return PEAK_FLOPS.get(device.device_kind)
+
+
+@functools.cache
+def _measured_matmul_flops(size: int = 1024, tries: int = 5) -> float:
+  """FLOP/s of this host's cores, with NumPy: a JAX array would go to the mesh in use."""
+  x = np.ones((size, size), np.float32)
+  seconds = []
+  for _ in range(tries):
+    start = time.perf_counter()
+    x @ x
+    seconds.append(time.perf_counter() - start)
+  return 2 * size**3 / min(seconds)
+
+
+def step_flops(traced) -> float:
+  """FLOPs of the matrix products and convolutions of one call, on all devices together.
+
+  Counted from the jaxpr, because XLA's `cost_analysis` counts the body of a scan once, whatever its
+  length, and so misses nearly all of a scanned tower. A product [m, k] x [k, n] is 2 m k n FLOPs;
+  everything else is left out, as usual for MFU (Chowdhery et al. 2022, PaLM, appendix B).
+
+  What rematerialisation computes twice is counted twice: trace a step without it for MFU.
+
+  Args:
+    traced: `jax.jit(f).trace(*args)`, or a jaxpr. Arguments may be shapes.
+  """
+  jaxpr = getattr(traced, "jaxpr", traced)
+  return sum(_equation_flops(equation) for equation in jaxpr.eqns)
+
+
+def _equation_flops(equation) -> float:
+  name, parameters = equation.primitive.name, equation.params
+  if name == "dot_general":
+    (contracted, _), _ = parameters["dimension_numbers"]
+    sizes = [equation.invars[0].aval.shape[axis] for axis in contracted]
+    return 2.0 * equation.outvars[0].aval.size * math.prod(sizes)
+  if name == "conv_general_dilated":
+    kernel = equation.invars[1].aval
+    per_output = kernel.size / kernel.shape[parameters["dimension_numbers"].rhs_spec[0]]
+    # Of a dilated input (the gradient of a strided convolution) only every d-th value is not 0.
+    return 2.0 * equation.outvars[0].aval.size * per_output / math.prod(parameters["lhs_dilation"])
+  inner = [step_flops(jaxpr) for jaxpr in _inner_jaxprs(parameters.values())]
+  if name == "scan":
+    return parameters["length"] * sum(inner)
+  if name == "cond":
+    return max(inner)
+  if name == "shard_map":  # shapes inside are those of one device
+    return parameters["mesh"].size * sum(inner)
+  return sum(inner)  # a `while` loop counts once: its length is not in the program
+
+
+def _inner_jaxprs(values):
+  for value in values:
+    if isinstance(value, (Jaxpr, ClosedJaxpr)):
+      yield value
+    elif isinstance(value, (tuple, list)):
+      yield from _inner_jaxprs(value)

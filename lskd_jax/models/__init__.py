@@ -1,0 +1,1 @@
+"""The models: ViT, Q-Former, region tokens, and the students and critics made of them."""

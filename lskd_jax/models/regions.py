@@ -1,0 +1,152 @@
+"""Region tokens: how a region reaches the student at three places, each behind a zero gate.
+
+  P  painted onto the ViT's output tokens, after `ln_vision`: v' = v + coverage (g + e_slot) Z_p
+  Q  RoIAligned tokens of v' through each cross-attention's own keys and values, under a softmax of
+     their own: CA + tanh(gamma) CA_regions (qformer.py holds gamma)
+  T  added to the embedding of every mention: r Z_q in passes that see the image, and nothing but
+     the slot, e_slot Z_id, in the text-only pass, or the contrastive loss would be solved by
+     matching boxes or pixels instead of reading
+
+Z_p, Z_q, Z_id and gamma start at zero, so a pretrained student computes bit for bit the same until
+region parameters are trained, and whenever an image has no region. Boxes are xyxy in [0, 1] of the
+model-input frame. Region arithmetic is float32.
+"""
+import math
+
+from flax import nnx
+import jax
+import jax.numpy as jnp
+
+from lskd_jax.models import layers
+from lskd_jax.parallel import REPLICATED
+
+FREQUENCIES = 8   # octaves of the box encoding
+ROI = 3           # RoIAlign bins per side
+ROI_SAMPLES = 2   # samples per bin and side, as torchvision's sampling_ratio=2
+
+
+def coverage(boxes: jax.Array, grid: int) -> jax.Array:
+  """Share of each patch that each box covers: float32[B, R, 4] -> float32[B, R, grid, grid].
+
+  Analytic and separable: the mean over the grid is the box's area, exactly, and a box smaller than
+  a patch still covers some of it.
+  """
+  cells = jnp.arange(grid, dtype=jnp.float32)
+
+  def overlap(low, high):  # [B, R] -> [B, R, grid]
+    return jnp.clip(jnp.minimum(high[..., None] * grid, cells + 1)
+                    - jnp.maximum(low[..., None] * grid, cells), 0, 1)
+  along_x, along_y = overlap(boxes[..., 0], boxes[..., 2]), overlap(boxes[..., 1], boxes[..., 3])
+  return along_y[..., :, None] * along_x[..., None, :]
+
+
+def roi_align(features: jax.Array, boxes: jax.Array, bins: int = ROI) -> jax.Array:
+  """RoIAlign as two small matrix products (He et al. 2017; torchvision with aligned=True).
+
+  Args:
+    features: float32[B, H, W, C].
+    boxes: float32[B, R, 4].
+
+  Returns:
+    float32[B, R, bins, bins, C]: y first.
+  """
+  def hat_weights(low, high, size):  # [B, R] -> [B, R, bins, size]
+    t = (jnp.arange(bins * ROI_SAMPLES) + 0.5) / (bins * ROI_SAMPLES)
+    at = low[..., None] * size - 0.5 + t * (high - low)[..., None] * size
+    at = jnp.clip(at, 0, size - 1)
+    hats = jax.nn.relu(1 - jnp.abs(at[..., None] - jnp.arange(size)))
+    return layers.reshape(hats, *low.shape, bins, ROI_SAMPLES, size).mean(-2)
+  height, width = features.shape[1:3]
+  weights_y = hat_weights(boxes[..., 1], boxes[..., 3], height)
+  weights_x = hat_weights(boxes[..., 0], boxes[..., 2], width)
+  rows = jnp.einsum("brsh,bhwc->brswc", weights_y, features)
+  return jnp.einsum("brtw,brswc->brstc", weights_x, rows)
+
+
+def encode_boxes(boxes: jax.Array) -> jax.Array:
+  """[p, sin(2^j pi p), cos(2^j pi p)] of p = (x1, y1, x2, y2, w, h): [B, R, 4] -> [B, R, 102]."""
+  p = jnp.concatenate([boxes, boxes[..., 2:] - boxes[..., :2]], -1)
+  angles = p[..., None] * (2.0**jnp.arange(FREQUENCIES) * math.pi)
+  angles = layers.reshape(angles, *p.shape[:-1], p.shape[-1] * FREQUENCIES)
+  return jnp.concatenate([p, jnp.sin(angles), jnp.cos(angles)], -1)
+
+
+def mention_slots(tokens: jax.Array, opens_bracket: jax.Array, digit: jax.Array) -> jax.Array:
+  """The slot each token mentions, or -1: int32[B, S, T] -> int32[B, S, T].
+
+  A token mentions slot k if it is the digit k and the token before it ends in "[". Both tables
+  come from a scan of the tokenizer's vocabulary: bool[V] and int32[V] (-1 = no digit).
+  """
+  spec = jax.typeof(tokens).sharding.spec
+  before = jnp.pad(tokens, ((0, 0), (0, 0), (1, 0)))[..., :-1]
+  opened = opens_bracket.at[before].get(out_sharding=spec)
+  opened = opened & (jnp.arange(tokens.shape[-1]) > 0)
+  return jnp.where(opened, digit.at[tokens].get(out_sharding=spec), -1)
+
+
+class RegionEncoder(nnx.Module):
+  """Boxes and image features -> what is added at sites P, Q and T.
+
+  Args:
+    vision: width C of the ViT's tokens. width: width D of the Q-Former.
+    max_regions: slots there can be.
+    sites: which of P, Q, T are on; sites that are off contribute exactly nothing.
+  """
+
+  def __init__(self, vision: int, width: int, max_regions: int, sites: str, rngs):
+    if set(sites) - set("PQT"):
+      raise ValueError(f"region sites {sites!r}: only the letters P, Q and T are known")
+    self.sites = sites
+    encoding = 6 * (1 + 2 * FREQUENCIES)
+    whole = REPLICATED  # these matrices are small
+    self.geometry_in = layers.Dense((encoding,), (width,), jax.P(None, None), rngs)
+    self.geometry_out = layers.Dense((width,), (width,), jax.P(None, None), rngs)
+    self.content = layers.Dense((vision,), (width,), jax.P(None, None), rngs, bias=False)
+    self.slot = layers.normal(rngs.params(), (max_regions, width), whole)
+    self.paint_gate = layers.constant(0.0, (width, vision))     # Z_p
+    self.mention_gate = layers.constant(0.0, (width, width))    # Z_q
+    self.identity_gate = layers.constant(0.0, (width, width))   # Z_id
+
+  def __call__(self, features: jax.Array, boxes: jax.Array, valid: jax.Array):
+    """Applies site P and prepares sites Q and T.
+
+    Args:
+      features: [B, 1 + grid^2, C], class token first.
+      boxes: float32[B, R, 4]; valid: bool[B, R].
+
+    Returns:
+      painted features [B, 1 + grid^2, C], RoI tokens [B, R * 9, C], mention vectors [B, R, D].
+    """
+    patches = features[:, 1:].astype(jnp.float32)
+    grid = math.isqrt(patches.shape[1])
+    shape = (patches.shape[0], grid, grid, patches.shape[2])
+    cover = coverage(boxes, grid) * valid[..., None, None]
+    # Pooled before painting, so that what a mention sees does not depend on other regions.
+    pooled = jnp.einsum("brhw,bhwc->brc", cover, layers.reshape(patches, *shape))
+    pooled /= cover.sum((-1, -2))[..., None] + 1e-6
+    geometry = self.geometry_out(jax.nn.gelu(self.geometry_in(encode_boxes(boxes))))
+    mention = layers.rms_norm(geometry + self.content(pooled))
+    mention = (mention @ self.mention_gate[...]) * valid[..., None] if "T" in self.sites else None
+    if "P" in self.sites:
+      paint = (geometry + self.slot[...]) @ self.paint_gate[...]
+      paint = jnp.einsum("brhw,brc->bhwc", cover, paint * valid[..., None])
+      painted = features + jnp.pad(layers.reshape(paint, *patches.shape), ((0, 0), (1, 0), (0, 0)))
+    else:
+      painted = features
+    tokens = None
+    if "Q" in self.sites:
+      grid_of_tokens = layers.reshape(painted[:, 1:].astype(jnp.float32), *shape)
+      tokens = roi_align(grid_of_tokens, boxes)
+      tokens = layers.reshape(tokens, shape[0], boxes.shape[1] * ROI**2, shape[-1])
+    return painted.astype(features.dtype), tokens, mention
+
+  def identities(self) -> jax.Array:
+    """What a mention of slot k carries in the text-only pass: [R, D]. Takes no image, no boxes."""
+    return layers.rms_norm(self.slot[...]) @ self.identity_gate[...]
+
+
+def at_mentions(slots: jax.Array, vectors: jax.Array) -> jax.Array:
+  """The vector of each mentioned slot, zero elsewhere: int32[B, S, T], [(B,) R, D] -> [B, S, T, D]."""
+  chosen = jax.nn.one_hot(slots, vectors.shape[-2], dtype=vectors.dtype)
+  equation = "bstr,brd->bstd" if vectors.ndim == 3 else "bstr,rd->bstd"
+  return jnp.einsum(equation, chosen, vectors)

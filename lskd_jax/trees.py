@@ -1,0 +1,228 @@
+"""Trees of arrays on disk: names of leaves, their fingerprints, and one tree in one folder.
+
+A leaf's name is its path, such as `params/qformer/blocks/up/kernel`, so what is on disk is a plain
+nested dictionary and does not depend on the classes that made the tree.
+
+Beside the arrays lies a manifest with each leaf's shape, dtype and fingerprint. Fingerprints are
+checked after every restore, because orbax does not notice a flipped bit: it returns the wrong value
+without an error.
+
+Everything here is collective: on several hosts, all processes call it with the same arguments.
+"""
+import concurrent.futures
+import functools
+
+from etils import epath
+import jax
+from jax.experimental import multihost_utils
+from jax.sharding import AbstractMesh, NamedSharding, PartitionSpec, SingleDeviceSharding
+import numpy as np
+import orbax.checkpoint as ocp
+
+NAMES_SHOWN = 20  # in one error line: a wrong config can mismatch thousands of leaves
+
+
+class CheckpointError(ValueError):
+  """A checkpoint or model directory that cannot be used: one line, with the path and what to do."""
+
+
+# --- names ---------------------------------------------------------------------------------------
+
+
+def named_leaves(tree) -> dict[str, object]:
+  """The leaves of any pytree by path, in the tree's own order: {"params/vit/kernel": leaf}.
+
+  The `value` that an NNX Variable adds to the path is dropped.
+  """
+  named = {}
+  for path, leaf in jax.tree_util.tree_flatten_with_path(tree)[0]:
+    if path and path[-1] == jax.tree_util.GetAttrKey("value"):
+      path = path[:-1]
+    named[jax.tree_util.keystr(path, simple=True, separator="/")] = leaf
+  return named
+
+
+def nest(named: dict[str, object]) -> dict:
+  """{"a/b": 1} -> {"a": {"b": 1}}, the form that is stored."""
+  root = {}
+  for name, leaf in named.items():
+    *parents, last = name.split("/")
+    functools.reduce(lambda node, key: node.setdefault(key, {}), parents, root)[last] = leaf
+  return root
+
+
+def fill(target, named: dict[str, object]):
+  """`target` with its leaves replaced by those of the same name."""
+  return jax.tree.unflatten(jax.tree.structure(target), [named[n] for n in named_leaves(target)])
+
+
+def listed(names) -> str:
+  """Names for an error line: the first `NAMES_SHOWN`, and how many more there are."""
+  names = list(names)
+  rest = f" and {len(names) - NAMES_SHOWN} more" if len(names) > NAMES_SHOWN else ""
+  return ", ".join(names[:NAMES_SHOWN]) + rest
+
+
+def one_line(error: BaseException) -> str:
+  """The first line of an error's first cause, shortened: orbax and tensorstore write long ones."""
+  while error.__cause__ is not None:
+    error = error.__cause__
+  lines = str(error).strip().splitlines() or [type(error).__name__]
+  return lines[0][:200]
+
+
+# --- manifests -----------------------------------------------------------------------------------
+
+
+def fingerprints(named: dict[str, object]) -> dict[str, int]:
+  """A number of 32 bits per array, which any single flipped bit changes, and no change of mesh does.
+
+  The sum over all values of bits * weight(i, j, ...) modulo 2^32, with weight the product of one odd
+  number per axis, a function of the index along that axis. Integer addition does not round, so each
+  host adds up its own shards. Flipping bit k changes the sum by 2^k times an odd number, which is
+  never 0 modulo 2^32.
+
+  Computed on the hosts: a save has to copy the arrays there anyway, and nothing has to be compiled
+  in the seconds that are left before a preemption.
+  """
+  with concurrent.futures.ThreadPoolExecutor() as pool:
+    sums = np.array(list(pool.map(_sum_of_own_shards, named.values())), np.uint32)
+  if jax.process_count() > 1:
+    sums = multihost_utils.process_allgather(sums).sum(0, dtype=np.uint32)
+  return dict(zip(named, sums.tolist()))
+
+
+def _sum_of_own_shards(leaf) -> int:
+  if not isinstance(leaf, jax.Array):
+    return _weighted_sum(np.asarray(leaf), (0,) * np.ndim(leaf)) if jax.process_index() == 0 else 0
+  return sum(
+      _weighted_sum(np.asarray(jax.device_get(shard.data)),
+                    [piece.start or 0 for piece in shard.index])
+      for shard in leaf.addressable_shards if shard.replica_id == 0) % 2**32
+
+
+def _weighted_sum(values: np.ndarray, starts) -> int:
+  """The sum over one shard, whose first value has the index `starts` in the whole array."""
+  unsigned = {1: np.uint8, 2: np.uint16, 4: np.uint32}[values.dtype.itemsize]
+  sums = np.ascontiguousarray(values).view(unsigned).reshape(values.shape).astype(np.uint32)
+  for axis in reversed(range(values.ndim)):
+    index = np.arange(starts[axis], starts[axis] + values.shape[axis], dtype=np.uint32)
+    # 2654435761 is Knuth's multiplicative hash: it spreads neighbours, so that swapped values show.
+    sums = sums @ (index * np.uint32(2654435761 * (2 * axis + 1) % 2**32) | np.uint32(1))
+  return int(sums)
+
+
+def make_manifest(named: dict[str, object]) -> dict[str, dict]:
+  """{name: {"shape", "dtype", "fingerprint"}} of concrete arrays of at most 32 bits per value."""
+  for name, leaf in named.items():
+    if not hasattr(leaf, "dtype") or leaf.dtype.itemsize > 4:
+      raise CheckpointError(f"leaf {name} is {getattr(leaf, 'dtype', type(leaf).__name__)}: "
+                            "only arrays of at most 32 bits per value can be stored")
+  numbers = fingerprints(named)
+  return {name: {"shape": list(leaf.shape), "dtype": leaf.dtype.name, "fingerprint": numbers[name]}
+          for name, leaf in named.items()}
+
+
+def check_structure(manifest: dict[str, dict], target: dict[str, object], where) -> None:
+  """Raises one line that names every leaf whose presence, shape or dtype differs from `target`."""
+  def kind(shape, dtype):
+    return f"{dtype}[{','.join(map(str, shape))}]"
+  disk = {name: kind(entry["shape"], entry["dtype"]) for name, entry in manifest.items()}
+  model = {name: kind(leaf.shape, leaf.dtype.name) for name, leaf in target.items()}
+  problems = {
+      "missing on disk": [name for name in model if name not in disk],
+      "on disk but not in the model": [name for name in disk if name not in model],
+      "different": [f"{name} ({disk[name]} on disk, {model[name]} in the model)"
+                    for name in model if name in disk and disk[name] != model[name]],
+  }
+  text = "; ".join(f"{what}: {listed(names)}" for what, names in problems.items() if names)
+  if text:
+    raise CheckpointError(f"{where} does not fit this model: {text}")
+
+
+def check_values(manifest: dict[str, dict], named: dict[str, object], where) -> None:
+  """Raises one line that names every leaf whose values are not those that were saved."""
+  found = make_manifest(named)
+  wrong = [name for name in manifest if found[name] != manifest[name]]
+  if wrong:
+    raise CheckpointError(f"{where} is damaged: values changed on disk in {listed(wrong)}")
+
+
+# --- one tree in one folder ----------------------------------------------------------------------
+
+
+def default_mesh():
+  """The mesh of `jax.set_mesh`, or None."""
+  mesh = jax.sharding.get_mesh()
+  return None if mesh.empty else mesh
+
+
+def place(leaf, mesh) -> jax.ShapeDtypeStruct:
+  """What orbax needs to restore a leaf: shape, dtype and a sharding on real devices.
+
+  Args:
+    leaf: an array, or a shape from `jax.eval_shape`: its sharding is on an abstract mesh or None.
+    mesh: the leaf's partition spec is applied to this mesh. None keeps the leaf's own sharding, or
+      takes the first device if it has none.
+  """
+  sharding = getattr(leaf, "sharding", None)
+  if mesh is not None:
+    sharding = NamedSharding(mesh, getattr(sharding, "spec", PartitionSpec()))
+  elif sharding is None or isinstance(getattr(sharding, "mesh", None), AbstractMesh):
+    sharding = SingleDeviceSharding(jax.devices()[0])
+  return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
+
+
+def write_tree(directory: epath.Path, tree) -> dict[str, dict]:
+  """Stores a tree in a new folder that appears only when it is complete. Returns its manifest."""
+  named = named_leaves(tree)
+  manifest = make_manifest(named)
+  try:
+    with ocp.StandardCheckpointer() as writer:
+      writer.save(directory, nest(named), custom_metadata={"leaves": manifest})
+      writer.wait_until_finished()
+  except OSError as error:
+    raise CheckpointError(f"cannot write {directory}: {one_line(error)}") from error
+  return manifest
+
+
+def read_manifest(directory: epath.Path) -> dict[str, dict]:
+  """The manifest of a folder that `write_tree` made."""
+  try:
+    with ocp.StandardCheckpointer() as reader:
+      return reader.metadata(directory).custom_metadata["leaves"]
+  except Exception as error:
+    raise CheckpointError(f"{directory} is not a complete folder of arrays with a manifest: "
+                          f"{one_line(error)}") from error
+
+
+def read_tree(directory: epath.Path, target=None, mesh=None):
+  """Restores what `write_tree` wrote, and checks every value.
+
+  Args:
+    directory: the folder.
+    target: the structure to return, with shapes, dtypes and shardings (see `place`); None returns
+      nested dicts of numpy arrays.
+    mesh: see `place`.
+  """
+  manifest = read_manifest(directory)
+  if target is None:
+    handler = ocp.PyTreeCheckpointHandler()
+    arguments = ocp.args.PyTreeRestore(
+        restore_args=nest({name: ocp.RestoreArgs(restore_type=np.ndarray) for name in manifest}))
+  else:
+    wanted = named_leaves(target)
+    check_structure(manifest, wanted, directory)
+    handler = ocp.StandardCheckpointHandler()
+    arguments = ocp.args.StandardRestore(
+        nest({name: place(leaf, mesh) for name, leaf in wanted.items()}))
+  try:
+    with ocp.Checkpointer(handler) as reader:
+      tree = reader.restore(directory, args=arguments)
+  except jax.errors.JaxRuntimeError:
+    raise  # a device that is out of memory says nothing about the files
+  except Exception as error:  # for unreadable arrays orbax raises a plain Exception
+    raise CheckpointError(f"{directory} is damaged: {one_line(error)}") from error
+  named = named_leaves(tree)
+  check_values(manifest, named, directory)
+  return tree if target is None else fill(target, named)
