@@ -166,12 +166,12 @@ def read_image_file(image_root: str | Path | None, image: str, name: str) -> byt
 def _open_jsonl(path: Path, image_root, min_score, split) -> Corpus:
   """A corpus over lines of jsonl files, found by their offsets: only small ones stay in memory."""
   files = [path] if path.is_file() else [shard.path for shard in stages.open_shards(path)]
-  handles = [os.open(file, os.O_RDONLY) for file in files]
+  handles = [file.open("rb") for file in files]
   lines = [line for k, file in enumerate(files) for line in _lines(k, file, split)]
 
-  def read_record(row: int) -> ImageRecord:
+  def read_record(row: int) -> ImageRecord:  # pread: threads share a file, not a position in it
     k, start, length = lines[row]
-    return record_from_json(json.loads(os.pread(handles[k], length, start)))
+    return record_from_json(json.loads(os.pread(handles[k].fileno(), length, start)))
 
   def read_image(row: int) -> bytes:
     return read_image_file(image_root, corpus.record(row).image, corpus.name)

@@ -165,6 +165,21 @@ def choose_texts(
   return chosen
 
 
+def choose_slots(
+  record: ImageRecord, texts: list[Text | None], options: LoaderOptions, rng: np.random.Generator
+) -> tuple[int, ...]:
+  """The region id of each slot: the mentioned regions, and sometimes the image's others."""
+  mentioned = [region_id for text in texts if text for region_id in text.mentioned]
+  offer_all = bool(rng.random() < options.distractors)
+  ids = tuple(region.id for region in record.regions)
+  try:
+    return regions.assign_slots(
+      ids, mentioned, rng if options.shuffle_slots else None, options.max_regions, offer_all
+    )
+  except DataError as error:
+    raise DataError(f"{record.image}: {error}") from None
+
+
 def _next_that_fits(deck: list, mentioned: set[int], room: int):
   """The first pair of the deck that keeps within `room` regions, moved to its end; or None."""
   for at, pair in enumerate(deck):
@@ -255,6 +270,8 @@ def _boxes(record: ImageRecord, slots: tuple[int, ...]) -> np.ndarray:
 
 
 def _frame(record: ImageRecord, slots: tuple[int, ...], crop, flip: bool) -> Frame:
+  if not record.width or not record.height:
+    raise DataError(f"{record.image}: its record has no image size; fill in width and height")
   boxes = _boxes(record, slots)
   visible = regions.kept_fraction(boxes, crop) >= regions.KEPT_FRACTION
   boxes = regions.crop_boxes(boxes, crop, (1, 1))

@@ -18,11 +18,11 @@ import grain
 import numpy as np
 from tokenizers import Tokenizer
 
-from data_pipeline import regions
 from data_pipeline.corpus import CACHED_RECORDS, Corpus
 from data_pipeline.examples import (
   LoaderOptions,
   Pools,
+  choose_slots,
   choose_texts,
   has_text,
   make_pools,
@@ -134,14 +134,7 @@ class Loader:
     rng = np.random.default_rng([self.seed, 1, position])
 
     texts = choose_texts(self.encoder, self._pools(row), options, rng)
-    offer_all = bool(rng.random() < options.distractors)
-    slots = regions.assign_slots(
-      tuple(region.id for region in record.regions),
-      tuple(dict.fromkeys(region_id for text in texts if text for region_id in text.mentioned)),
-      rng if options.shuffle_slots else None,
-      options.max_regions,
-      offer_all,
-    )
+    slots = choose_slots(record, texts, options, rng)
     if options.augment:
       frame = random_frame(record, slots, texts, rng)
     else:

@@ -1,10 +1,19 @@
-"""manifest.json: the size and sha256 of every file in a folder, and what the files hold."""
+"""Folders that appear whole or not at all, and can be checked later.
+
+manifest.json in such a folder tells the size and sha256 of every file, and what the files hold.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+import contextlib
+import errno
+import fcntl
 import hashlib
 import json
+import os
 from pathlib import Path
+import shutil
 
 from data_pipeline.records import DataError
 
@@ -60,3 +69,81 @@ def sha256(path: Path) -> str:
   """The sha256 of a file, in hexadecimal."""
   with path.open("rb") as file:
     return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+@contextlib.contextmanager
+def new_folder(final: Path, overwrite: bool) -> Iterator[Path]:
+  """Gives an empty folder to fill, and renames it to `final` when the block is done.
+
+  It has to get a manifest. A folder that is in place already stays if its manifest is the same and
+  its files are whole; otherwise it is replaced, or a DataError if `overwrite` is False. DataError
+  too where another process fills the same folder, or the disk is full. A process killed within the
+  block leaves `incomplete.<name>` beside `final`, which the next one removes.
+  """
+  folder = final.parent
+  work, old = (final.with_name(f"{kind}.{final.name}") for kind in ("incomplete", "replaced"))
+  with _writing(final):
+    folder.mkdir(parents=True, exist_ok=True)
+    with _alone(folder):
+      if old.exists() and not final.exists():
+        old.rename(final)  # a process ended between the two renames below
+      shutil.rmtree(old, ignore_errors=True)
+      shutil.rmtree(work, ignore_errors=True)
+      try:
+        work.mkdir()
+        yield work
+        for path in work.iterdir():
+          _flush(path)
+        if not final.exists():
+          work.rename(final)
+        elif overwrite:
+          final.rename(old)
+          work.rename(final)
+          shutil.rmtree(old, ignore_errors=True)
+        elif not _same(final, work):
+          fault = "holds another dataset, or a damaged one"
+          raise DataError(f"{final}: {fault}; delete it, overwrite it, or use another folder")
+      finally:
+        shutil.rmtree(work, ignore_errors=True)
+
+
+def _same(final: Path, work: Path) -> bool:
+  with contextlib.suppress(DataError):
+    return verify(final) == read_manifest(work)
+  return False
+
+
+def _flush(path: Path) -> None:
+  with path.open("rb") as file:
+    os.fsync(file.fileno())
+
+
+@contextlib.contextmanager
+def _alone(folder: Path) -> Iterator[None]:
+  """Holds a folder against other processes; the system lets go of it when this one dies."""
+  handle = os.open(folder, os.O_RDONLY)
+  try:
+    fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+  except BlockingIOError:
+    os.close(handle)
+    raise DataError(f"{folder}: another build is writing to it; wait or end that one") from None
+  except OSError:
+    pass  # a file system without locks: go on as if alone
+  try:
+    yield
+  finally:
+    os.close(handle)
+
+
+@contextlib.contextmanager
+def _writing(path: Path) -> Iterator[None]:
+  """Says in one line what the system refuses. ArrayRecordWriter raises RuntimeError for it."""
+  try:
+    yield
+  except (OSError, RuntimeError) as error:
+    text = str(error)
+    if getattr(error, "errno", None) == errno.ENOSPC or "No space left" in text:
+      raise DataError(f"{path}: the disk is full; free some space and run again") from error
+    if isinstance(error, OSError):
+      raise DataError(f"{path}: cannot be written ({error.strerror}); check the folder") from error
+    raise

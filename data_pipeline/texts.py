@@ -123,20 +123,21 @@ def put_slots(encoder: TextEncoder, tokens: np.ndarray, slots: Iterable[int]) ->
 
 
 _STATEMENT = re.compile(
-  r"^\s*(?P<marker>question:)?(?P<question>.*?)(?:\banswer:(?P<answer>.*?)"
-  r"(?:\brationale:(?P<rationale>.*))?)?$",
+  r"^\s*(?P<marker>question\s*:)?(?P<question>.*?)(?:\banswer\s*:(?P<answer>.*?)"
+  r"(?:\brationale\s*:(?P<rationale>.*))?)?$",
   re.IGNORECASE | re.DOTALL,
 )
 
 
 def encode_texts(
-  tokenizer: Tokenizer, texts: Iterable[str], text_tokens: int
+  tokenizer: Tokenizer, texts: Iterable[str], text_tokens: int, end: bool = True
 ) -> tuple[np.ndarray, np.ndarray]:
   """(tokens int32[N,T], fields int8[N,T]) of finished texts, whose mentions are slots already.
 
   Fields are found from the markers: a text with "question:" at its start or "answer:" in it is a
   statement (or a prompt, if nothing follows "answer:"), any other a description. Too long texts
-  are cut as in training. DataError where an answer does not fit in T = text_tokens.
+  are cut as in training. end: False leaves [SEP] off, for prompts that a model continues.
+  DataError where an answer does not fit in T = text_tokens.
   """
   encoder = text_encoder(tokenizer, text_tokens)
   texts = list(texts)
@@ -144,8 +145,9 @@ def encode_texts(
   fields = np.zeros((len(texts), text_tokens), np.int8)
   for row, text in enumerate(texts):
     ids, codes = _encode_finished(encoder, text)
-    tokens[row, : len(ids) + 2] = [encoder.cls, *ids, encoder.sep]
-    fields[row, 1 : len(ids) + 1] = codes
+    ids = [encoder.cls, *ids, encoder.sep] if end else [encoder.cls, *ids]
+    tokens[row, : len(ids)] = ids
+    fields[row, 1 : len(codes) + 1] = codes
   return tokens, fields
 
 

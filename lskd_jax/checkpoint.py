@@ -59,7 +59,8 @@ class Checkpointer:
     self._frozen = None  # manifest of frozen/, once this process has written or compared it
     # Left-overs of a save that was killed are removed in the background; a save waits for that.
     options = ocp.CheckpointManagerOptions(max_to_keep=keep, cleanup_tmp_directories=True)
-    self._manager = ocp.CheckpointManager(self.directory, options=options)
+    self._manager = ocp.CheckpointManager(
+        self.directory, options=options, item_handlers=trees.tree_handler())
 
   def due(self, step: int) -> bool:
     """Whether a periodic save falls on `step`, the number of finished steps."""
@@ -83,8 +84,8 @@ class Checkpointer:
     about = {"leaves": trees.make_manifest(named), "frozen": frozen, "extra": extra or {}}
     json.dumps(about)  # a TypeError here, before anything is written
     try:
-      self._manager.save(step, args=ocp.args.StandardSave(trees.nest(named)), custom_metadata=about,
-                         force=True)
+      self._manager.save(
+          step, args=trees.save_arguments(named), custom_metadata=about, force=True)
     except (OSError, ValueError) as error:
       raise self._cannot_save(error) from error
 
@@ -154,9 +155,8 @@ class Checkpointer:
       return None, f"its manifest cannot be read ({one_line(error)})"
     wanted = trees.named_leaves(target)
     trees.check_structure(manifest, wanted, where)  # another model is not damage: this one raises
-    placed = trees.nest({name: trees.place(leaf, mesh) for name, leaf in wanted.items()})
     try:
-      tree = self._manager.restore(step, args=ocp.args.StandardRestore(placed))
+      tree = self._manager.restore(step, args=trees.restore_arguments(wanted, mesh))
       named = trees.named_leaves(tree)
       trees.check_values(manifest, named, where)
     except jax.errors.JaxRuntimeError:
@@ -174,7 +174,7 @@ class Checkpointer:
       for step in damaged:
         _remove(self.damaged_directory / str(step))
         (self.directory / str(step)).rename(self.damaged_directory / str(step))
-    _barrier("damaged checkpoints are moved")
+    barrier("damaged checkpoints are moved")
     self._manager.reload()
 
   def _store_frozen(self, frozen) -> str | None:
@@ -249,7 +249,7 @@ def save_model(directory, config: dict, params, tokenizer_dir=None) -> None:
     (partial / "config.json").write_text(text)
     if tokenizer_dir is not None:
       _copy_folder(epath.Path(tokenizer_dir), partial / "tokenizer")
-  _barrier("model directory is prepared")
+  barrier("model directory is prepared")
   trees.write_tree(partial / "params", params)
   if jax.process_index() == 0:
     replaced = directory.parent / f"{directory.name}.replaced"
@@ -258,7 +258,7 @@ def save_model(directory, config: dict, params, tokenizer_dir=None) -> None:
       directory.rename(replaced)
     partial.rename(directory)
     _remove(replaced)
-  _barrier("model directory is complete")
+  barrier("model directory is complete")
 
 
 def load_model(directory, target=None, mesh=None) -> tuple[dict, object]:
@@ -297,7 +297,8 @@ def _all_processes(ok: bool) -> bool:
   return bool(np.all(multihost_utils.process_allgather(np.asarray(ok))))
 
 
-def _barrier(name: str) -> None:
+def barrier(name: str) -> None:
+  """Returns when all processes have come here; `name` is the same on all of them."""
   if jax.process_count() > 1:
     multihost_utils.sync_global_devices(name)
 

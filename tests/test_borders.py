@@ -24,11 +24,13 @@ ORDER = [
     ["lskd_jax.models"],  # student, critic, generate: what is made of towers
     ["lskd_jax.losses"],
     ["lskd_jax.step"],
+    # What a run needs besides the step: models from directories, cached features, judgements.
+    ["lskd_jax.models.build", "lskd_jax.features", "lskd_jax.judged"],
     ["lskd_jax.train", "lskd_jax.evaluate"],
     ["lskd_jax"],  # everything else: commands and what users call
 ]
 LEAVES = ORDER[0]
-USE_LEAVES = 6  # rows from here on (step, train, ...) may import leaves; models may not
+USE_LEAVES = 6  # rows from here on (step, train, ...) may import leaves; towers and losses may not
 
 
 def module_name(path: Path) -> str:

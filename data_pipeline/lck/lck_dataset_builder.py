@@ -17,13 +17,10 @@ stages before it can), but a killed one leaves nothing that the next would trip 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 import contextlib
 import dataclasses
 from dataclasses import dataclass, field
-import errno
-import fcntl
-import os
 from pathlib import Path
 import re
 import shutil
@@ -37,7 +34,7 @@ from tqdm import tqdm
 
 from data_pipeline import images
 from data_pipeline.corpus import READABLE_VERSIONS, outline, read_image_file
-from data_pipeline.manifest import NAME as MANIFEST, read_manifest, verify, write_manifest
+from data_pipeline.manifest import NAME as MANIFEST, new_folder, verify, write_manifest
 from data_pipeline.records import DataError, ImageRecord, record_to_json, to_line, validate
 
 NAME = "lck"
@@ -114,7 +111,7 @@ def build_lck(
   if not re.fullmatch(r"[A-Za-z0-9_.-]+", config_name):
     raise DataError(f"config_name {config_name!r}: use letters, digits, '_', '.' and '-'")
   folder = Path(out_dir) / NAME / config_name
-  with _new_version(folder, VERSION, overwrite) as work:
+  with new_folder(folder / VERSION, overwrite) as work:
     contents = _write_examples(records, Path(image_root), work, images_per_shard, progress)
     manifest = {"dataset": NAME, "config": config_name, "version": VERSION, **contents}
     write_manifest(work, manifest)
@@ -301,7 +298,7 @@ def publish_lck(
   built = Path(built)
   manifest = verify(built)
   folder = Path(destination) / NAME / manifest["config"]
-  with _new_version(folder, manifest["version"], overwrite) as work:
+  with new_folder(folder / manifest["version"], overwrite) as work:
     for name in [*manifest["files"], MANIFEST]:
       shutil.copyfile(built / name, work / name)
     verify(work)
@@ -357,77 +354,3 @@ Scores are kept for every statement, so another threshold needs no other downloa
 def _table(counted: str, counts: dict[str, int], of: str = "licence") -> str:
   rows = [f"| {name} | {count} |" for name, count in counts.items()]
   return "\n".join([f"| {of} | {counted} |", "|---|---|", *rows])
-
-
-# ---- a folder that appears whole ----
-
-
-@contextlib.contextmanager
-def _new_version(folder: Path, version: str, overwrite: bool) -> Iterator[Path]:
-  """Gives an empty folder to fill, and puts it in the place of folder/version when that is done.
-
-  What is in place already stays if its manifest is the same; if not, `overwrite` decides.
-  """
-  final, work, old = (folder / f"{name}{version}" for name in ("", "incomplete.", "replaced."))
-  with _writing(final):
-    folder.mkdir(parents=True, exist_ok=True)
-    with _alone(folder):
-      if old.exists() and not final.exists():
-        old.rename(final)  # killed between the two renames below
-      for left_over in (work, old):
-        shutil.rmtree(left_over, ignore_errors=True)
-      try:
-        work.mkdir()
-        yield work
-        for path in work.iterdir():
-          _flush(path)
-        if not final.exists():
-          work.rename(final)
-        elif overwrite:
-          final.rename(old)
-          work.rename(final)
-        elif not _same(final, work):
-          fault = "holds another dataset, or a damaged one"
-          raise DataError(f"{final}: {fault}; delete it, overwrite it, or use another folder")
-      finally:
-        for left_over in (work, old):
-          shutil.rmtree(left_over, ignore_errors=True)
-
-
-def _same(final: Path, work: Path) -> bool:
-  with contextlib.suppress(DataError):
-    return verify(final) == read_manifest(work)
-  return False
-
-
-def _flush(path: Path) -> None:
-  with path.open("rb") as file:
-    os.fsync(file.fileno())
-
-
-@contextlib.contextmanager
-def _alone(folder: Path) -> Iterator[None]:
-  """Holds a folder against other processes; the system lets go of it when this one dies."""
-  handle = os.open(folder, os.O_RDONLY)
-  try:
-    fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-  except BlockingIOError:
-    raise DataError(f"{folder}: another build is writing to it; wait or end that one") from None
-  else:
-    yield
-  finally:
-    os.close(handle)
-
-
-@contextlib.contextmanager
-def _writing(path: Path) -> Iterator[None]:
-  """Says in one line what the system refuses. ArrayRecordWriter raises RuntimeError for it."""
-  try:
-    yield
-  except (OSError, RuntimeError) as error:
-    text = str(error)
-    if getattr(error, "errno", None) == errno.ENOSPC or "No space left" in text:
-      raise DataError(f"{path}: the disk is full; free some space and run again") from error
-    if isinstance(error, OSError):
-      raise DataError(f"{path}: cannot be written ({error.strerror}); check the folder") from error
-    raise

@@ -70,13 +70,13 @@ def _pick(rng, values):
 
 
 def _place_figure(rng, role, thing, pose, cell):
-  """A box in the cell, inside the image: x +-2.5 px, y 0..4.5 px, scale 0.90..1.05 at random."""
+  """A box in the cell, inside the image: x +-1.5 px, y 0..4.5 px, scale 0.88..0.98 at random."""
   x1, y1, x2, y2 = scene_figures.figure_extent(role, thing, pose)
-  scale = rng.uniform(0.90, 1.05)
+  scale = rng.uniform(0.88, 0.98)
   row, column = divmod(cell, COLUMNS)
-  left = SIZE / COLUMNS * (column + 0.5) - 1 + rng.uniform(-2.5, 2.5) + x1 * scale
-  top = SIZE / ROWS * (row + 1) - rng.uniform(1.5, 6) + y1 * scale
   width, height = (x2 - x1) * scale, (y2 - y1) * scale
+  left = SIZE / COLUMNS * (column + 0.5) + rng.uniform(-1.5, 1.5) - width / 2
+  top = SIZE / ROWS * (row + 1) - rng.uniform(1.5, 6) + y1 * scale
   left = min(max(left, 0.0), SIZE - width)
   top = min(max(top, 0.0), SIZE - height)
   return tuple(round(v, 2) for v in (left, top, min(left + width, SIZE), min(top + height, SIZE)))

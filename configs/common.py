@@ -1,0 +1,73 @@
+"""Defaults of every training run, with a reason beside each value that is not obvious.
+
+A run's config file starts from `get_config()` here and changes what it must. Any value can be
+changed from the command line, as `--config.optim.learning_rate=1e-4`; unknown keys are refused.
+"""
+from ml_collections import ConfigDict
+
+
+def get_config() -> ConfigDict:
+  """The defaults: a student on an `lck` corpus, at the size of BLIP-2 with ViT-g/14."""
+  config = ConfigDict()
+  config.name = "train"         # what the progress bar calls the run
+  config.seed = 0               # weights, order of the data, slots, negatives
+  config.task = "student"       # student | critic | tagger (a ViT on captions as bags of words)
+
+  config.model = model = ConfigDict()
+  model.embed = 256             # width of the contrastive embeddings
+  model.max_regions = 8         # slots; the tokenizer must have each number as one token
+  model.sites = "PQT"           # where region tokens enter: painted, queried, in the text
+  model.temperature = 0.07      # of ITC at the start (CLIP, BLIP-2)
+  model.dtype = "float32"       # bfloat16 on accelerators that have it
+  model.vit = ConfigDict(dict(  # EVA-CLIP ViT-g/14 as in BLIP-2
+      image_size=224, patch=14, width=1408, depth=39, heads=16, hidden=6144, remat="none",
+      scan=True))
+  model.qformer = ConfigDict(dict(  # BERT-base with 32 queries (BLIP-2)
+      width=768, depth=12, heads=12, hidden=3072, queries=32, cross_every=2, max_tokens=512,
+      dropout=0.1, remat="none", scan=True))
+
+  config.init = ConfigDict()
+  config.init.model = ""        # a model directory to start from; "" = random weights
+  config.init.parts = ()        # which of its top-level parts; () = all that both models have
+
+  config.data = data = ConfigDict()
+  data.corpus = ""              # a built lck folder, or a stage folder with image_root
+  data.image_root = ""
+  data.split = "train"          # "" = all images
+  data.min_score = None         # only statements the critic gave at least this; None = all
+  data.judgements = ""          # critic: a jsonl or csv of judgements
+  data.tokenizer = ""           # a tokenizer directory; "" = that of init.model, else trained here
+  data.vocabulary = 8192        # size of a WordPiece vocabulary trained on the corpus, at most
+  data.batch_size = 16          # images per step, over all processes
+  data.statements = 4           # texts per image: nearly free, because the image is computed once
+  data.text_tokens = 128        # as in LSKD; a statement that is longer loses its rationale's end
+  data.texts = ConfigDict(dict(statements=1.0, captions=0.0, descriptions=0.0))  # shares
+  data.rationale_dropout = 0.5  # LSKD trains half of the statements without their rationale
+  data.region_mode = "tokens"   # tokens | overlay | both | none
+  data.shuffle_slots = True     # so that a slot says nothing about the region
+  data.distractors = 0.5        # share of images that offer all regions, not only the mentioned ones
+  data.augment = False          # random crops and mirroring, boxes following
+  data.cache_features = False   # a frozen ViT runs once per image of the corpus, not once per step
+  data.features = ""            # where; "" = in the work directory. Runs may share it
+
+  config.loss = ConfigDict(dict(
+      itc=1.0, itm=1.0, lm=1.0,  # BLIP-2's stage 1: equal weights; 0 leaves a loss out
+      region_swap=1.0,           # weight of the region-swap negatives within ITM
+      question=1.0,              # weight of a question's own words in LM (LSKD: the whole text)
+      smoothing=0.1))            # label smoothing of ITC and LM (LAVIS)
+
+  config.optim = ConfigDict(dict(
+      learning_rate=1e-5, warmup_steps=1000, steps=10_000, final_share=0.1,  # LSKD
+      clip_norm=1.0, b1=0.9, b2=0.999, eps=1e-8, weight_decay=0.05))
+
+  config.train = ConfigDict(dict(
+      mesh=(1, 1),               # devices: batch and parameters x heads and hidden widths
+      microbatches=1,            # gradient accumulation over statements; LM only
+      frozen=("vit",),           # parts without gradients and optimizer state
+      save_every=1000, keep=3, log_every=50, tensorboard=True))
+
+  config.eval = ConfigDict(dict(every=0))  # steps between evaluations; 0 = none
+
+  config.guard = ConfigDict(dict(  # a run that has not left chance at half its steps is extended
+      metric="dev_q_a", at=0.5, below=0.32, factor=2.0))
+  return config

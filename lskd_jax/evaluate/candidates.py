@@ -1,0 +1,97 @@
+"""Scores of candidate texts for an image: what choosing, ranking and filtering are made of.
+
+Heads, each "higher is better" (Li et al. 2023; LSKD does not say which one it used, so all are
+computed and every result names its head):
+
+  itm      the match logit of the fused pass, mean over queries
+  itc      max over queries of the cosine of image and text embedding
+  itm+itc  their sum, as LAVIS ranks retrieval
+  lm       sum of the log-likelihoods of the candidate's own words in the causal pass
+
+The arithmetic after the network is float64 on the host.
+"""
+from collections.abc import Iterable, Iterator
+
+from flax import nnx
+import jax
+import numpy as np
+
+from lskd_jax import losses, parallel
+from lskd_jax.models.student import Student
+
+HEADS = ("itm", "itc", "itm+itc", "lm")
+
+
+class Scorer:
+  """Scores texts with one student; compiles once per shape of the input.
+
+  Args:
+    graph, state: of the student, as `models.build.load` returns them.
+    heads: False computes the causal pass alone, several times cheaper; only `lm` and `words` then.
+  """
+
+  def __init__(self, graph, state, heads: bool = True):
+    self.state = state
+    self.heads = heads
+
+    @jax.jit
+    def score(state, batch):
+      student: Student = nnx.merge(graph, state)
+      features = batch["features"] if "features" in batch else student.vit(batch["image"])
+      sight = student.see(features, batch["boxes"], batch["region_valid"])
+      states, cache = student.read_image(sight)
+      tokens = batch["tokens"]
+      logits = student.predict_words(sight, cache, tokens)
+      found = {"words": losses.word_likelihoods(logits, tokens)}
+      if heads:
+        image, text = student.embed_image(states), student.embed_text(tokens)
+        found["itc"] = jax.numpy.einsum("bqe,bse->bqs", image, text).max(1)
+        found["itm"] = student.match(sight, tokens)
+      return found
+    self._score = score
+
+  def __call__(self, rows: dict) -> dict[str, np.ndarray]:
+    """Scores a batch of numpy rows.
+
+    Args:
+      rows: `features` [B, N, C] or `image`, `boxes`, `region_valid`, `tokens` [B, S, T].
+
+    Returns:
+      words float64[B, S, T], log-likelihood of every token, and with heads: itc float64[B, S],
+      itm float64[B, S] the match logit, match float64[B, S] = P(match).
+    """
+    batch = parallel.put_batch(rows, jax.sharding.get_mesh())
+    found = {name: np.asarray(value, np.float64)
+             for name, value in self._score(self.state, batch).items()}
+    if self.heads:
+      logits = found["itm"]
+      found["match"] = 1 / (1 + np.exp(logits[..., 0] - logits[..., 1]))
+      found["itm"] = logits[..., 1]
+      found["itm+itc"] = found["itm"] + found["itc"]
+    return found
+
+  def many(self, rows: dict, batch: int) -> dict[str, np.ndarray]:
+    """As a call, for any number of rows, `batch` at a time; the last batch is padded, not shown."""
+    parts = [self(part) for part in in_batches(rows, batch)]
+    size = len(next(iter(rows.values())))
+    return {name: np.concatenate([part[name] for part in parts])[:size] for name in parts[0]}
+
+
+def in_batches(rows: dict, batch: int) -> Iterator[dict]:
+  """Slices of `batch` rows; the last is filled up with its own first row."""
+  size = len(next(iter(rows.values())))
+  for start in range(0, size, batch):
+    take = np.arange(start, start + batch)
+    take[take >= size] = start
+    yield {name: values[take] for name, values in rows.items()}
+
+
+def sum_over(words: np.ndarray, fields: np.ndarray, wanted: Iterable[int]) -> np.ndarray:
+  """Sum of the log-likelihoods of the tokens in the wanted fields: [..., T] -> [...]."""
+  return np.where(np.isin(fields, list(wanted)), words, 0).sum(-1)
+
+
+def mean_over(words: np.ndarray, fields: np.ndarray, wanted: Iterable[int]) -> np.ndarray:
+  """Their mean; 0 where a text has none."""
+  count = np.isin(fields, list(wanted)).sum(-1)
+  return sum_over(words, fields, wanted) / np.maximum(count, 1)

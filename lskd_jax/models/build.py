@@ -1,0 +1,114 @@
+"""Model directories to models and back: the one place that knows the kinds of model there are.
+
+  tagger   a ViT with a word classifier (pre-training of the ViT)
+  student  the discriminative student
+  critic   a student with the critic's three heads
+"""
+from collections.abc import Callable
+import dataclasses
+from pathlib import Path
+from typing import NamedTuple
+
+from flax import nnx
+import jax
+import numpy as np
+from tokenizers import Tokenizer
+
+from data_pipeline import tokenizer as tokenizers
+from lskd_jax import checkpoint
+from lskd_jax.models.critic import Critic
+from lskd_jax.models.student import Student, StudentConfig, Table, Tagger, student_config
+
+KINDS = ("tagger", "student", "critic")
+
+
+class Model(NamedTuple):
+  """A loaded model: `nnx.merge(graph, state)` is the module."""
+  kind: str
+  config: StudentConfig
+  graph: nnx.GraphDef
+  state: nnx.State
+  tokenizer: Tokenizer
+
+
+def maker(kind: str, config: StudentConfig, tokenizer: Tokenizer) -> Callable:
+  """rngs -> module. Raises ValueError for an unknown kind, DataError for an unfit tokenizer."""
+  tables = tokenizers.mention_tables(tokenizer, config.max_regions)
+  if kind == "tagger":
+    return lambda rngs: Tagger(config, *tables, rngs)
+  if kind == "student":
+    return lambda rngs: Student(config, *tables, rngs)
+  if kind == "critic":
+    return lambda rngs: Critic(Student(config, *tables, rngs), rngs)
+  raise ValueError(f"task {kind!r} is unknown: choose {', '.join(KINDS)}")
+
+
+def initialize(make: Callable, seed: int):
+  """Graph definition and freshly initialised state, made on the mesh in use under jit."""
+  graph = nnx.split(nnx.eval_shape(lambda: make(nnx.Rngs(0))))[0]
+  state = jax.jit(lambda key: nnx.split(make(nnx.Rngs(key)))[1])(jax.random.key(seed))
+  return graph, state
+
+
+def save(directory, kind: str, config: StudentConfig, state: nnx.State, tokenizer_dir) -> None:
+  """Writes a model directory."""
+  about = {"format": 1, "kind": kind, "model": dataclasses.asdict(config)}
+  checkpoint.save_model(directory, about, state.filter(nnx.Param), tokenizer_dir)
+
+
+def load(directory) -> Model:
+  """Reads a model directory onto the mesh in use.
+
+  Raises:
+    CheckpointError: not a model directory, damaged, or of another format.
+  """
+  about = checkpoint.load_config(directory)
+  if about.get("format") != 1 or about.get("kind") not in KINDS:
+    raise checkpoint.CheckpointError(
+        f"{directory}/config.json: format {about.get('format')!r}, kind {about.get('kind')!r}; this "
+        f"version reads format 1 of {', '.join(KINDS)}")
+  config = student_config(about["model"])
+  tokenizer = tokenizers.load_tokenizer(Path(directory) / "tokenizer")
+  make = maker(about["kind"], config, tokenizer)
+  graph, state = initialize(make, 0)
+  _, params = checkpoint.load_model(directory, state.filter(nnx.Param))
+  state.update(params) if hasattr(state, "update") else None
+  return Model(about["kind"], config, graph, nnx.merge_state(state.filter(Table), params), tokenizer)
+
+
+def copy_parts(state: nnx.State, source: dict, parts: tuple[str, ...]) -> nnx.State:
+  """`state` with the named top-level parts taken from another model's parameters.
+
+  Args:
+    source: nested dict of numpy arrays, as `checkpoint.load_model(directory)` returns it.
+    parts: names such as "vit"; () takes every part that both have.
+
+  Raises:
+    CheckpointError: a part is missing in either, or its parameters differ in name or shape.
+  """
+  names = parts or tuple(name for name in state.keys() if name in source)
+  for name in names:
+    if name not in source or name not in state:
+      raise checkpoint.CheckpointError(f"init.parts: there is no part {name!r} to copy; the source "
+                                       f"has {', '.join(sorted(source))}")
+    ours = nnx.to_flat_state(state[name].filter(nnx.Param))
+    theirs = dict(_flatten(source[name]))
+    wanted = {tuple(map(str, path)): leaf for path, leaf in ours}
+    odd = sorted(set(wanted) ^ set(theirs)) or [
+        path for path in wanted if wanted[path][...].shape != theirs[path].shape]
+    if odd:
+      raise checkpoint.CheckpointError(
+          f"init.model does not fit: {name}/{'/'.join(odd[0])} is missing or of another shape "
+          f"({len(odd)} such); use the model sizes of that directory's config.json")
+    for path, leaf in wanted.items():
+      sharding = jax.typeof(leaf[...]).sharding
+      leaf[...] = jax.device_put(np.asarray(theirs[path]), sharding)
+  return state
+
+
+def _flatten(tree: dict, path: tuple[str, ...] = ()):
+  for name, value in tree.items():
+    if isinstance(value, dict):
+      yield from _flatten(value, (*path, str(name)))
+    else:
+      yield (*path, str(name)), value

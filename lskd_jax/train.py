@@ -1,0 +1,267 @@
+"""Training: a config and a work directory in, a model directory out.
+
+The loop's order is a contract: evaluate, save, and only then draw the next batch, step, log. So a
+checkpoint never knows a batch that its parameters have not seen, and a run that is killed anywhere
+continues bit for bit.
+
+The work directory: config.json, tokenizer/, checkpoints/, frozen/, features/, metrics.jsonl,
+events.* (TensorBoard), and at the end model/.
+"""
+from collections.abc import Callable
+import json
+from pathlib import Path
+from typing import NamedTuple
+
+from flax import nnx
+import jax
+from tqdm import tqdm
+
+from data_pipeline import tokenizer as tokenizers
+from data_pipeline.corpus import Corpus, open_corpus
+from data_pipeline.examples import LoaderOptions
+from data_pipeline.loader import Loader
+from data_pipeline.records import DataError
+from data_pipeline.stages import write_json
+from lskd_jax import checkpoint, features, losses, metrics, optim, parallel, step
+from lskd_jax.judged import judgement_columns, judged_corpus
+from lskd_jax.models import build
+from lskd_jax.models.student import student_config
+
+
+class Run(NamedTuple):
+  """What a finished run leaves: its model directory, steps, and whether it had to be extended."""
+  model: Path
+  steps: int
+  extended: bool
+
+
+def train(config, workdir, *, evaluate: Callable | None = None, progress: bool = True) -> Run:
+  """Trains or resumes; a finished run returns at once.
+
+  Args:
+    config: as `configs/common.py` makes it.
+    workdir: made when missing; belongs to this config alone.
+    evaluate: (graph, state, step) -> {metric: value}, every `config.eval.every` steps; its metric
+      `config.guard.metric` decides about extending the run.
+
+  Raises:
+    DataError, ValueError, CheckpointError: one line that names the file, key or step.
+  """
+  workdir = Path(workdir)
+  write_config(config, workdir)
+  model_dir = workdir / "model"
+  finished = workdir / "finished.json"
+  if finished.exists():
+    done = json.loads(finished.read_text())
+    return Run(model_dir, done["steps"], done["extended"])
+  mesh = parallel.make_mesh(tuple(config.train.mesh))
+  with jax.set_mesh(mesh):
+    run = _train(config, workdir, mesh, evaluate, progress)
+  if jax.process_index() == 0:
+    write_json(finished, {"steps": run.steps, "extended": run.extended})
+  return run
+
+
+def _train(config, workdir: Path, mesh, evaluate, progress: bool) -> Run:
+  # --- data ---
+  corpus = open_corpus(config.data.corpus, config.data.image_root or None,
+                       config.data.min_score, config.data.split or None)
+  if config.task == "critic":
+    corpus, judgements = judged_corpus(corpus, config.data.judgements)
+  tokenizer_dir = find_tokenizer(config, workdir, corpus)
+  tokenizer = tokenizers.load_tokenizer(tokenizer_dir)
+
+  # --- model ---
+  with config.unlocked():
+    config.model.qformer.vocabulary = tokenizer.get_vocab_size()
+    config.model.region_mode = config.data.region_mode
+  model_config = student_config(config.model.to_dict())
+  make = build.maker(config.task, model_config, tokenizer)
+  graph, state = build.initialize(make, config.seed)
+  if config.init.model:
+    _, source = checkpoint.load_model(config.init.model)
+    state = build.copy_parts(state, source, tuple(config.init.parts))
+  frozen_parts = tuple(config.train.frozen)
+  graph, params, frozen = step.split(nnx.merge(graph, state), frozen_parts)
+
+  # --- what the loader gives and what the step takes ---
+  cached = None
+  if config.data.cache_features:
+    if "vit" not in frozen_parts:
+      raise ValueError("data.cache_features=True needs a ViT that does not change: add 'vit' to "
+                       "train.frozen")
+    vit = nnx.merge(graph, params, frozen)
+    vit = vit.student.vit if config.task == "critic" else vit.vit
+    cached = features.cached_features(vit, corpus, config.data.features or workdir / "features",
+                                      progress=progress)
+  loader = Loader(corpus, tokenizer, loader_options(config, cached is not None), config.seed)
+  columns = judgement_columns(corpus, judgements) if config.task == "critic" else None
+
+  def batches(start: int, end: int):
+    for batch in loader.batches(start, end - start, jax.process_index(), jax.process_count()):
+      if cached is not None:
+        batch["features"] = cached[batch["image_id"]]
+      if columns is not None:
+        batch |= columns(batch)
+      yield batch
+
+  # --- state: resume, or start ---
+  steps = config.optim.steps
+  objective = make_objective(config)
+  tx = optim.optimizer(config.optim)
+  loss_weights = {name: config.loss[name] for name in ("itc", "itm", "lm")}
+  train_step = step.make_train_step(graph, tx, objective, loss_weights, config.train.microbatches)
+  run_key = jax.random.key(config.seed)
+  extended = False
+  with checkpoint.Checkpointer(workdir, config.train.keep, config.train.save_every) as saver:
+    state = {**jax.jit(lambda p: step.init_state(p, tx))(params), "frozen": frozen}
+    found = saver.restore_latest(state, mesh)
+    if found is not None:
+      state, extra = found
+      if extra["extended"]:
+        extended, steps, tx, train_step = extend(config, graph, objective, loss_weights)
+    frozen = state.pop("frozen")
+    start = int(state["step"])
+    writer = metrics.MetricWriter(workdir, start, config.train.tensorboard)
+    rates = metrics.Throughput(peak=None)
+    bar = tqdm(total=steps, initial=start, desc=config.name, unit="step", disable=not progress,
+               dynamic_ncols=True, leave=False)
+    source = batches(start, steps)
+    now = start
+    try:
+      while True:
+        # evaluate
+        due = config.eval.every and (now % config.eval.every == 0 or now == steps)
+        if evaluate and due and now > start:
+          with rates.paused():
+            found = evaluate(graph, nnx.merge_state(state["params"], frozen), now)
+          writer.write(now, found)
+          bar.set_postfix({name: f"{value:.3f}" for name, value in found.items()})
+          if needs_more(config, found, now, extended):
+            extended, steps, tx, train_step = extend(config, graph, objective, loss_weights)
+            bar.total = steps
+            source = batches(now, steps)
+        # save
+        if now > start and (saver.due(now) or now == steps):
+          with rates.paused():
+            saver.save(now, {**state, "frozen": frozen}, {"extended": extended})
+        if now == steps:
+          break
+        # next batch
+        with rates.waiting():
+          batch = next(source)
+        rows = parallel.put_batch(batch, mesh)
+        # step
+        if now == start:
+          rates = metrics.Throughput(metrics.step_flops(
+              train_step.trace(state, frozen, rows, run_key)), _peak(mesh))
+        state, values = train_step(state, frozen, rows, run_key)
+        now += 1
+        # log
+        if now == start + 1:
+          jax.block_until_ready(values)
+          rates.restart()  # the first step compiles
+        count = int(batch["statement_valid"].sum()) * jax.process_count()
+        rates.count(len(batch["image_id"]) * jax.process_count(), count)
+        bar.update()
+        if now % config.train.log_every == 0 or now == steps:
+          writer.write(now, values | rates.report())
+    finally:
+      bar.close()
+      writer.close()
+    saver.wait()
+  build.save(workdir / "model", config.task, model_config,
+             nnx.merge_state(state["params"], frozen), tokenizer_dir)
+  return Run(workdir / "model", steps, extended)
+
+
+def _peak(mesh):
+  peak = metrics.peak_flops(mesh.devices.flat[0])
+  return None if peak is None else peak * mesh.devices.size
+
+
+def needs_more(config, found: dict, now: int, extended: bool) -> bool:
+  """Whether a run that is half done has not left chance, and so is to be extended."""
+  guard = config.guard
+  return (not extended and guard.metric in found and now >= guard.at * config.optim.steps
+          and now < config.optim.steps and found[guard.metric] < guard.below)
+
+
+def extend(config, graph, objective, loss_weights):
+  """The longer schedule of a run that had not left chance: (True, steps, optimizer, step)."""
+  longer = config.optim.copy_and_resolve_references()
+  longer.steps = round(config.optim.steps * config.guard.factor)
+  tx = optim.optimizer(longer)
+  return True, longer.steps, tx, step.make_train_step(graph, tx, objective, loss_weights,
+                                                      config.train.microbatches)
+
+
+def make_objective(config) -> Callable:
+  """(model, batch, key) -> losses and metrics, of the config's task."""
+  if config.task == "tagger":
+    return lambda model, batch, key: losses.words_loss(model, batch, tokenizers.FIRST_WORD)
+  if config.task == "critic":
+    return losses.critic_loss
+  weights = config.loss.to_dict()
+  return lambda model, batch, key: losses.student_loss(model, batch, weights, key)
+
+
+def loader_options(config, cached: bool) -> LoaderOptions:
+  """The loader's options: the config's `data` group where the names agree."""
+  data = config.data
+  names = ("batch_size", "statements", "text_tokens", "region_mode", "shuffle_slots", "distractors",
+           "rationale_dropout", "augment")
+  return LoaderOptions(**{name: data[name] for name in names}, texts=data.texts.to_dict(),
+                       max_regions=config.model.max_regions,
+                       image_size=config.model.vit.image_size, images=not cached)
+
+
+def find_tokenizer(config, workdir: Path, corpus: Corpus) -> Path:
+  """The tokenizer directory: the config's, the initial model's, or trained on the corpus."""
+  if config.data.tokenizer:
+    return Path(config.data.tokenizer)
+  if config.init.model:
+    return Path(config.init.model) / "tokenizer"
+  folder = workdir / "tokenizer"
+  if not (folder / "tokenizer.json").exists() and jax.process_index() == 0:
+    tokenizers.train_tokenizer(corpus_texts(corpus), folder, config.data.vocabulary)
+  checkpoint.barrier("tokenizer is trained")
+  return folder
+
+
+def corpus_texts(corpus: Corpus):
+  """Every text of a corpus, as a student reads it."""
+  for row in range(len(corpus)):
+    record = corpus.record(row)
+    yield from record.verbalization.captions
+    yield from record.verbalization.local.values()
+    for statement in record.statements:
+      yield (f"question: {statement.question} answer: {statement.answer} "
+             f"rationale: {statement.rationale}")
+
+
+def write_config(config, workdir: Path) -> None:
+  """Keeps the config of a work directory; another config in the same directory is refused."""
+  wanted = json.loads(config.to_json_best_effort())
+  path = workdir / "config.json"
+  if path.exists():
+    theirs = json.loads(path.read_text())
+    if theirs != wanted:
+      key = first_difference(theirs, wanted)
+      raise DataError(f"{path}: this run was started with another {key}; use another --workdir, or "
+                      "the same config")
+    return
+  if jax.process_index() == 0:
+    workdir.mkdir(parents=True, exist_ok=True)
+    write_json(path, wanted)
+
+
+def first_difference(a, b, path: str = "config") -> str:
+  """The dotted name of the first key in which two nested dicts differ."""
+  if isinstance(a, dict) and isinstance(b, dict):
+    for key in sorted(set(a) | set(b)):
+      if a.get(key) != b.get(key):
+        return first_difference(a.get(key), b.get(key), f"{path}.{key}")
+  return path
+
+
