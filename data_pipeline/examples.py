@@ -6,7 +6,7 @@ can be made again exactly.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 from PIL import Image
@@ -116,8 +116,8 @@ def make_pools(encoder: TextEncoder, record: ImageRecord, options: LoaderOptions
 
   statements = record.statements if options.texts.get("statements") else ()
   pairs = [
-    statement_texts(encoder, statement)
-    for statement in statements
+    tuple(replace(text, statement=number) for text in statement_texts(encoder, statement) or ())
+    for number, statement in enumerate(statements)
     if len(statement_mentions(statement)) <= options.max_regions
   ]
   captions = record.verbalization.captions if options.texts.get("captions") else ()

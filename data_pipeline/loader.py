@@ -86,6 +86,7 @@ class Loader:
     region_valid bool[b,R]
     tokens int32[b,S,T]: [CLS] text [SEP] and padding; mentions are slots
     fields int8[b,S,T]: 0 special or padding, 1 question, 2 answer, 3 rationale, 4 description
+    statement int32[b,S]: which of the record's statements a text is, -1 for other texts
     statement_valid bool[b,S]
     """
     local, rest = divmod(self.options.batch_size, process_count)
@@ -147,6 +148,7 @@ class Loader:
       "region_valid": np.zeros(options.max_regions, bool),
       "tokens": np.full((options.statements, options.text_tokens), self.encoder.pad, np.int32),
       "fields": np.zeros((options.statements, options.text_tokens), np.int8),
+      "statement": np.full(options.statements, -1, np.int32),
       "statement_valid": np.array(valid),
     }
     if options.images:
@@ -157,6 +159,7 @@ class Loader:
       example["boxes"][: len(slots)] = np.where(frame.visible[:, None], frame.boxes, 0)
     for s, text in enumerate(texts):
       if valid[s]:
+        example["statement"][s] = text.statement
         example["tokens"][s, : len(text.tokens)] = text.tokens
         example["fields"][s, : len(text.fields)] = text.fields
     put_slots(self.encoder, example["tokens"], slots)

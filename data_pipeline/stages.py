@@ -98,7 +98,7 @@ def run_stage(
     "format": FORMAT,
     "stage": name,
     "options": options,
-    "inputs": inputs or _fingerprint(items_by_shard),
+    "inputs": inputs or fingerprint(items_by_shard),
     "shards": shards,
   }
   with _locked(out):
@@ -189,7 +189,7 @@ def _read_json(path: Path) -> dict:
   return value
 
 
-def _fingerprint(items_by_shard: list) -> str:
+def fingerprint(items_by_shard: list) -> str:
   """A hash of what the items say, as far as that can be seen without running anything."""
   digest = hashlib.sha256()
   for items in items_by_shard:

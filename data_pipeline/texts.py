@@ -28,7 +28,8 @@ class Text:
   tokens int32[n], n <= text_tokens: [CLS] text [SEP]. Where a mention's number belongs, the entry
   is -(region id + 1); `put_slots` turns it into a number token. fields int8[n]: a code per token.
   mentioned: the ids in `tokens`, in order of first mention. source: the text itself. cut: the field
-  that was shortened, NO_FIELD where all of it fits.
+  that was shortened, NO_FIELD where all of it fits. statement: which of its record's statements it
+  is, -1 for other texts.
   """
 
   tokens: np.ndarray
@@ -36,6 +37,7 @@ class Text:
   mentioned: tuple[int, ...]
   source: str
   cut: int = NO_FIELD
+  statement: int = -1
 
 
 @dataclass(frozen=True)

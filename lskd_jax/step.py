@@ -101,7 +101,7 @@ def split_statements(batch: dict, parts: int) -> list[dict]:
   if statements % parts:
     raise ValueError(f"train.microbatches={parts} does not divide data.statements={statements}")
   size = statements // parts
-  per_statement = {"tokens", "fields", "statement_valid", "accept", "answer_score",
+  per_statement = {"tokens", "fields", "statement", "statement_valid", "accept", "answer_score",
                    "rationale_score"}
   return [{name: reshard(rows[:, i * size:(i + 1) * size], ACT_B) if name in per_statement else rows
            for name, rows in batch.items()} for i in range(parts)]

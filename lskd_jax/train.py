@@ -19,6 +19,7 @@ from tqdm import tqdm
 from data_pipeline import tokenizer as tokenizers
 from data_pipeline.corpus import Corpus, open_corpus
 from data_pipeline.examples import LoaderOptions
+from data_pipeline.judge import read_judgements
 from data_pipeline.loader import Loader
 from data_pipeline.records import DataError
 from data_pipeline.stages import write_json
@@ -67,7 +68,8 @@ def _train(config, workdir: Path, mesh, evaluate, progress: bool) -> Run:
   corpus = open_corpus(config.data.corpus, config.data.image_root or None,
                        config.data.min_score, config.data.split or None)
   if config.task == "critic":
-    corpus, judgements = judged_corpus(corpus, config.data.judgements)
+    judgements = read_judgements(config.data.judgements)
+    corpus = judged_corpus(corpus, judgements)
   tokenizer_dir = find_tokenizer(config, workdir, corpus)
   tokenizer = tokenizers.load_tokenizer(tokenizer_dir)
 
@@ -144,6 +146,7 @@ def _train(config, workdir: Path, mesh, evaluate, progress: bool) -> Run:
         # save
         if now > start and (saver.due(now) or now == steps):
           with rates.paused():
+            writer.flush()  # a run killed after the save resumes behind these lines
             saver.save(now, {**state, "frozen": frozen}, {"extended": extended})
         if now == steps:
           break
@@ -199,7 +202,7 @@ def extend(config, graph, objective, loss_weights):
 def make_objective(config) -> Callable:
   """(model, batch, key) -> losses and metrics, of the config's task."""
   if config.task == "tagger":
-    return lambda model, batch, key: losses.words_loss(model, batch, tokenizers.FIRST_WORD)
+    return lambda model, batch, key: losses.words_loss(model, batch, len(tokenizers.SPECIAL_TOKENS))
   if config.task == "critic":
     return losses.critic_loss
   weights = config.loss.to_dict()

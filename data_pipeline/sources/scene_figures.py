@@ -16,7 +16,12 @@ WHITE = (255, 255, 255)
 TROUSERS = (58, 62, 92)
 SHOES = (44, 38, 46)
 GOLD = (255, 218, 56)
-SHADOW, DUST, SEAM = (96, 92, 110), (238, 232, 224), (150, 160, 190)
+SEAM = (150, 160, 190)
+SHADOW = (62, 54, 88)
+DUST, DUST_RIM = (250, 236, 208), (172, 134, 96)
+STAR, STAR_RIM = (255, 236, 60), (206, 110, 0)
+CHAIR, CHAIR_LIGHT = (0, 96, 106), (0, 130, 138)
+CUFF = (255, 104, 92)
 
 SHIRTS = {
   "rose": (226, 112, 128),
@@ -224,55 +229,99 @@ _THINGS = {
   ],
 }
 
-# ---- poses: (hip height, lean of the shoulders, legs, left arm, right arm) ----
-# The right hand (the viewer's right) always holds the thing.
+# ---- poses ----
+# The right hand (the viewer's right) always holds the thing. What tells a pose besides the body is
+# one bold cue on the free side: a shadow, a waving glove, stars, dust or an armchair.
+
+
+def _star(x, y, r):
+  """A five-pointed star with a dark rim."""
+  angles = -math.pi / 2 + np.arange(10) * math.pi / 5
+
+  def star(r):
+    radii = (r, 0.5 * r) * 5
+    return tuple((x + q * math.cos(a), y + q * math.sin(a)) for q, a in zip(radii, angles))
+
+  return [_poly(star(r + 1), STAR_RIM), _poly(star(r), STAR)]
+
+
+def _puff(x, y, r):
+  return [_oval(x, y, r, r * 0.9, DUST_RIM), _oval(x, y - 0.3, r - 0.8, r * 0.9 - 0.9, DUST)]
+
+
+_BEHIND = {
+  "standing": [
+    _poly(((2.6, -0.4), (-3, -3.4), (-13, -5.0), (-16, -3.6), (-15.6, -1), (-9, 0.6)), SHADOW),
+    _oval(-1.4, -0.2, 5.4, 1.4, SHADOW),
+  ],
+  "waving": [],
+  "cheering": [_oval(-1.6, -0.8, 9, 1.7, SHADOW)],
+  "running": [*_puff(-6, -2.2, 3.2), *_puff(-12.4, -6, 2.8), *_puff(-11.2, -3, 4.2)],
+  "sitting": [
+    _rect(-12, -16.6, 7, -3, CHAIR),
+    _oval(-7.5, -16.6, 4.5, 3.6, CHAIR),
+    _oval(2.5, -16.6, 4.5, 3.6, CHAIR),
+    _rect(-7.5, -20.2, 2.5, -14, CHAIR),
+    _rect(-13, -2, -10.2, 0.8, SHOES),
+    _rect(6.6, -2, 9.4, 0.8, SHOES),
+    _rect(-14, -8.6, 11, -1.2, CHAIR),
+    _rect(-10, -5.4, 6, -4, CHAIR_LIGHT),
+    _rect(-15, -11, -9.6, -1.2, CHAIR_LIGHT),
+    _oval(-12.3, -11, 2.7, 2.2, CHAIR_LIGHT),
+  ],
+}
+_IN_FRONT = {
+  "standing": [],
+  "waving": [
+    _oval(-11, -34, 3.9, 4.2, INK),
+    _oval(-11, -34, 3.4, 3.7, WHITE),
+    _rect(-13.8, -31, -8.4, -27.4, CUFF),
+    _line(((-15.7, -30), (-16.1, -33), (-15.3, -36.8), (-13, -39.4)), WHITE, 1.5),
+  ],
+  "cheering": [*_star(-12, -18.6, 3.4), *_star(11, -12.8, 3.2)],
+  "running": [],
+  "sitting": [],
+}
 
 
 def _body(pose):
   """The shapes below the head, where the head goes, and where the right hand is."""
   if pose == "standing":
-    hip, lean = -9.0, 0
-    legs = [((-4.2, -9), (-4.4, -1.2)), ((0.2, -9), (0.4, -1.2))]
-    left, hand = ((-7, -17), (-8.6, -12.8), (-8.8, -8.8)), (8.4, -11.4)
-    right = ((3, -17), (5.2, -12), hand)
-  elif pose == "waving":
-    hip, lean = -9.0, -1.0
-    legs = [((-4.2, -9), (-7, -1.2)), ((0.2, -9), (3, -1.2))]
-    left, hand = ((-8, -16.6), (-12.6, -18.6), (-14, -27.6)), (8.4, -11.4)
-    right = ((3, -17), (5.2, -12), hand)
-  elif pose == "cheering":
     hip, lean = -11.0, 0
-    legs = [((-4.2, -11), (-7.4, -7.5), (-10.6, -4)), ((0.2, -11), (4, -7.5), (8, -4))]
-    left, hand = ((-7, -19), (-10.8, -23), (-12, -31)), (12, -25)
-    right = ((3, -19), (8, -21.4), hand)
+    legs = [((-3.6, -11), (-3.6, -1.2)), ((-0.4, -11), (-0.4, -1.2))]
+    left, hand = ((-7, -19), (-8.6, -15), (-8.8, -9.8)), (7.8, -12.4)
+    right = ((3, -19), (5.2, -14), hand)
+  elif pose == "waving":
+    hip, lean = -9.0, 2.4
+    legs = [((-4.2, -9), (-7, -1.2)), ((0.2, -9), (3, -1.2))]
+    left, hand = ((-4.6, -17), (-9.6, -21), (-11, -31)), (8, -11.4)
+    right = ((4.4, -17), (5.8, -12), hand)
+  elif pose == "cheering":
+    hip, lean = -12.4, -0.6
+    legs = [((-4.2, -12.4), (-8, -10), (-11.6, -6.8)), ((0.2, -12.4), (4.6, -10), (8.4, -6.8))]
+    left, hand = ((-7.4, -20.2), (-10.6, -24), (-12.6, -32)), (10, -26.4)
+    right = ((2.4, -20.2), (7.4, -22.4), hand)
   elif pose == "running":
-    hip, lean = -10.0, 3.2
-    legs = [((-4.2, -10), (-7.6, -6), (-12.6, -7.6)), ((0.2, -10), (7.2, -7.4), (6.4, -1.2))]
-    left, hand = ((-4, -18), (-10, -16.4), (-12.6, -20.4)), (11.4, -14)
-    right = ((6, -18), (8.4, -14), hand)
+    hip, lean = -10.0, 4.0
+    legs = [((-5, -10), (-8.4, -7.6), (-12.4, -10.6)), ((-1, -10), (7.4, -8), (8, -1.4))]
+    left, hand = ((-3.4, -18), (-8.4, -15), (-11.2, -18.6)), (10.4, -14)
+    right = ((6.6, -18), (8.4, -14), hand)
   else:
-    hip, lean = -2.6, 0
-    legs = [((-3, -3.2), (-9, -5.2), (-13.6, -2.2)), ((0, -2), (-6, -1.6), (-12, -1.6))]
-    left, hand = ((-7, -10.4), (-10, -8.6), (-9.6, -6)), (8.4, -6.6)
-    right = ((3, -10.4), (5.4, -7), hand)
+    hip, lean = -5.0, 0
+    legs = [((-4.6, -5), (-6, -4), (-6, -1.4)), ((0.6, -5), (2, -4), (2, -1.4))]
+    left, hand = ((-7, -12.6), (-10, -10.6), (-11.6, -11.4)), (8, -8.6)
+    right = ((3, -12.6), (5.4, -9), hand)
   shoulder = hip - 9.4
-  shapes = []
-  if pose == "cheering":
-    shapes.append(_oval(-2, -0.4, 8, 1.3, SHADOW))
-  elif pose == "running":
-    shapes += [_oval(-11.4, -1.4, 2.2, 1.6, DUST), _oval(-7.4, -1.0, 1.5, 1.1, DUST)]
+  shapes = list(_BEHIND[pose])
   for leg in legs:
     shapes.append(_line(leg, TROUSERS, 3.6))
     x, y = leg[-1]
-    if pose == "sitting":
-      shapes.append(_oval(x - 1.2, y - 1.0, 1.6, 2.8, SHOES))
+    if pose == "running" and x < 0:
+      shapes.append(_oval(x - 0.8, y - 0.4, 1.7, 2.6, SHOES))
     else:
-      shapes.append(_oval(x + (1 if pose == "running" else -1), y + 0.3, 2.6, 1.6, SHOES))
+      shapes.append(_oval(x + (1 if x > 0 else -1), y + 0.3, 2.6, 1.6, SHOES))
   shapes.append(_line(left, "sleeve", 3.4))
-  r = 3.0 if pose == "waving" else 2.1
-  if pose == "waving":
-    shapes.append(_line(((-17.4, -29.4), (-16.2, -32), (-13.6, -33)), WHITE, 1.5))
-  shapes.append(_oval(left[-1][0], left[-1][1], r, r, "skin"))
+  shapes.append(_oval(left[-1][0], left[-1][1], 2.2, 2.2, "skin"))
   shapes.append(
     _poly(
       (
@@ -309,6 +358,7 @@ def figure_shapes(role, thing, pose):
   shapes += _moved(_HEADWEAR[role], head[0], head[1] - 4.2)
   shapes += _moved(_THINGS[thing], hand[0] + 2, hand[1])
   shapes.append(_oval(hand[0], hand[1], 1.8, 1.8, "skin"))
+  shapes += _IN_FRONT[pose]
   return tuple(shapes)
 
 

@@ -126,15 +126,20 @@ def scene_key(scene: Scene) -> str:
   return hashlib.sha256(json.dumps([scene.place, scene.weather, people]).encode()).hexdigest()[:16]
 
 
+def make_scene(seed: int, i: int, exclude=frozenset(), min_figures=3, max_figures=6) -> Scene:
+  """Scene i of a seed: made from (seed, i) alone, its key in `exclude` never."""
+  rng = np.random.default_rng([seed, i])
+  scene = sample_scene(rng, (min_figures, max_figures))
+  while scene_key(scene) in exclude:
+    scene = sample_scene(rng, (min_figures, max_figures))
+  return scene
+
+
 def iter_scenes(seed, count, exclude=(), min_figures=3, max_figures=6):
   """Yields `count` scenes, the i-th made from (seed, i) alone; none has its key in `exclude`."""
   exclude = frozenset(exclude)
   for i in range(count):
-    rng = np.random.default_rng([seed, i])
-    scene = sample_scene(rng, (min_figures, max_figures))
-    while scene_key(scene) in exclude:
-      scene = sample_scene(rng, (min_figures, max_figures))
-    yield scene
+    yield make_scene(seed, i, exclude, min_figures, max_figures)
 
 
 def scene_record(scene: Scene, image: str, image_id: int, split: str = "train") -> ImageRecord:
@@ -145,6 +150,11 @@ def scene_record(scene: Scene, image: str, image_id: int, split: str = "train") 
   )
 
 
+def picture(seed: int, i: int, scene: Scene) -> Image.Image:
+  """The picture of scene i of a seed."""
+  return draw_scene(scene, np.random.default_rng([seed, i, 1]))
+
+
 def scene_records(seed, count, exclude=(), min_figures=3, max_figures=6, split="train", first_id=0):
   """Yields `count` (record, picture) pairs, the i-th made from (seed, i) alone.
 
@@ -152,5 +162,9 @@ def scene_records(seed, count, exclude=(), min_figures=3, max_figures=6, split="
   stored; the other arguments are those of `iter_scenes`.
   """
   for i, scene in enumerate(iter_scenes(seed, count, exclude, min_figures, max_figures)):
-    record = scene_record(scene, f"scenes/{seed}-{i:06d}.png", first_id + i, split)
-    yield record, draw_scene(scene, np.random.default_rng([seed, i, 1]))
+    yield scene_record(scene, image_name(seed, i), first_id + i, split), picture(seed, i, scene)
+
+
+def image_name(seed: int, i: int) -> str:
+  """Where the picture of scene i of a seed lies below its image root."""
+  return f"scenes/{seed}-{i:06d}.png"

@@ -33,6 +33,8 @@ class Scorer:
   def __init__(self, graph, state, heads: bool = True):
     self.state = state
     self.heads = heads
+    self.config = nnx.merge(graph, state).config
+    self._see = jax.jit(lambda state, image: nnx.merge(graph, state).vit(image))
 
     @jax.jit
     def score(state, batch):
@@ -69,6 +71,13 @@ class Scorer:
       found["itm"] = logits[..., 1]
       found["itm+itc"] = found["itm"] + found["itc"]
     return found
+
+  def features(self, image: np.ndarray, batch: int = 64) -> np.ndarray:
+    """The ViT's tokens of every picture: uint8[N, H, W, 3] -> float32[N, 1 + grid^2, C]."""
+    mesh = jax.sharding.get_mesh()
+    parts = [np.asarray(self._see(self.state, parallel.put_batch(rows, mesh)["image"]))
+             for rows in in_batches({"image": image}, batch)]
+    return np.concatenate(parts)[:len(image)]
 
   def many(self, rows: dict, batch: int) -> dict[str, np.ndarray]:
     """As a call, for any number of rows, `batch` at a time; the last batch is padded, not shown."""

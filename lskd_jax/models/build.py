@@ -72,7 +72,6 @@ def load(directory) -> Model:
   make = maker(about["kind"], config, tokenizer)
   graph, state = initialize(make, 0)
   _, params = checkpoint.load_model(directory, state.filter(nnx.Param))
-  state.update(params) if hasattr(state, "update") else None
   return Model(about["kind"], config, graph, nnx.merge_state(state.filter(Table), params), tokenizer)
 
 
@@ -101,8 +100,7 @@ def copy_parts(state: nnx.State, source: dict, parts: tuple[str, ...]) -> nnx.St
           f"init.model does not fit: {name}/{'/'.join(odd[0])} is missing or of another shape "
           f"({len(odd)} such); use the model sizes of that directory's config.json")
     for path, leaf in wanted.items():
-      sharding = jax.typeof(leaf[...]).sharding
-      leaf[...] = jax.device_put(np.asarray(theirs[path]), sharding)
+      leaf[...] = jax.device_put(np.asarray(theirs[path]), leaf[...].sharding)
   return state
 
 

@@ -1,0 +1,111 @@
+"""The stages of a corpus as plain functions: a source folder in, a stage folder out, resumable.
+
+  verbalize_scenes   nothing  -> pictures and their words
+  teach_corpus       words    -> statements
+  score_corpus       statements and a scorer -> scores
+
+All return `run_stage`'s summary. Sources of photographs have stages of their own
+(`sources.coco.import_coco`); filtering is `filter.filter_corpus`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+from data_pipeline import stages, teach, verbalize
+from data_pipeline.records import DataError, ImageRecord
+from data_pipeline.sources import scenes
+
+
+def verbalize_scenes(
+  out: Path | str,
+  count: int,
+  seed: int = 0,
+  error_rate: float = 0.25,
+  exclude=(),
+  min_figures: int = 3,
+  max_figures: int = 6,
+  split: str = "train",
+  progress: bool = True,
+  scenes_per_shard: int = 500,
+) -> dict:
+  """Draws `count` scenes under OUT/images and describes them, erring at `error_rate`.
+
+  exclude: scene keys that must not occur (`scenes.scene_key`), such as those of held-out pictures.
+  """
+  out = Path(out)
+  images, exclude = out / "images", frozenset(exclude)
+
+  def work(i: int) -> ImageRecord:
+    scene = scenes.make_scene(seed, i, exclude, min_figures, max_figures)
+    record = scenes.scene_record(scene, scenes.image_name(seed, i), i, split)
+    path = images / record.image
+    path.parent.mkdir(parents=True, exist_ok=True)
+    # A picture that a killed run left half-written is drawn again: its shard was not finished.
+    scenes.picture(seed, i, scene).save(path, compress_level=1)
+    return verbalize.verbalize(record, seed, error_rate)
+
+  options = {
+    "source": "scenes",
+    "seed": seed,
+    "error_rate": error_rate,
+    "figures": [min_figures, max_figures],
+    "split": split,
+    "excluded": len(exclude),
+    "images": str(images.absolute()),
+  }
+  shards = stages.split_evenly(list(range(count)), -(-count // scenes_per_shard))
+  return stages.run_stage("verbalize", shards, work, out, options, progress)
+
+
+def teach_corpus(
+  source: Path | str, out: Path | str, per_image: int = 8, seed: int = 0, progress: bool = True
+) -> dict:
+  """The template teacher writes up to `per_image` statements for every verbalized image."""
+  options = {"teacher": "template", "per_image": per_image, "seed": seed}
+
+  def work(record: ImageRecord) -> ImageRecord:
+    return teach.teach_record(record, seed, per_image)
+
+  return stages.run_stage("teach", stages.open_shards(source), work, out, options, progress)
+
+
+def score_corpus(
+  source: Path | str,
+  out: Path | str,
+  score: Callable[[Sequence[ImageRecord]], Sequence[Sequence[float]]],
+  options: dict,
+  batch: int = 64,
+  progress: bool = True,
+) -> dict:
+  """Gives every statement its score: P(accept) by a critic.
+
+  score: records -> for each record the score of each of its statements.
+  options: what makes the scores, such as the critic's directory and digest.
+  """
+  shards = [_grouped(shard, batch) for shard in stages.open_shards(source)]
+
+  def work(records: list[ImageRecord]) -> list[ImageRecord]:
+    scored = []
+    for record, scores in zip(records, score(records), strict=True):
+      if len(scores) != len(record.statements):
+        raise DataError(f"{record.image}: {len(record.statements)} statements, {len(scores)} scores")
+      pairs = zip(record.statements, scores, strict=True)
+      statements = tuple(replace(s, score=float(value)) for s, value in pairs)
+      scored.append(replace(record, statements=statements))
+    return scored
+
+  inputs = stages.fingerprint(stages.open_shards(source))
+  return stages.run_stage("score", shards, work, out, options, progress, inputs=inputs)
+
+
+def _grouped(shard, batch: int) -> Callable:
+  """A function that returns the records of a shard in lists of `batch`."""
+
+  def read() -> list[list[ImageRecord]]:
+    records = list(shard)
+    return [records[start : start + batch] for start in range(0, len(records), batch)]
+
+  return read
