@@ -48,7 +48,7 @@ class Predictor:
     self._mesh = mesh
 
   def score(self, image, regions: Sequence[Sequence[float]], texts: Sequence[str]) -> list[dict]:
-    """How well each text fits the picture; higher is better, and only texts for one picture compare.
+    """How well each text fits the picture: higher is better, among texts for the same picture.
 
     The image is computed once, however many texts there are.
 
@@ -97,12 +97,13 @@ class Predictor:
     return {name: values[None] for name, values in row.items()}, fields
 
   def _length(self, texts: list[str]) -> int:
-    """Tokens of a text row. DataError for a text that is longer than the model can read."""
+    """Tokens of a text row. DataError for a text with none, or with more than the model reads."""
     lengths = [len(encode(self.tokenizer, text)) + 2 for text in texts]  # [CLS] and [SEP]
     longest, most = max(lengths), self.config.qformer.max_tokens
-    if longest > most:
-      text = texts[lengths.index(longest)]
-      raise DataError(f"text {text!r:.60} has {longest} tokens, this model reads {most}; shorten it")
+    for text, length in zip(texts, lengths):
+      if not 2 < length <= most:
+        raise DataError(f"text {text!r:.60} has {length - 2} tokens; this model reads 1 to "
+                        f"{most - 2}")
     return min(most, max(SHORTEST, 1 << (longest - 1).bit_length()))
 
 

@@ -1,0 +1,251 @@
+"""`lskd corpus …`: from pictures to a published dataset, one resumable stage after another."""
+import dataclasses
+import functools
+import os
+from pathlib import Path
+
+from lskd_jax.commands.arguments import add_verb, count, seed, share
+from lskd_jax.commands.folders import image_root, note_images, records_of, say_what_came
+from lskd_jax.commands.folders import cut_of, new_file
+
+
+def add_verbs(verbs) -> None:
+  """Declares `corpus` and its verbs."""
+  parser = verbs.add_parser("corpus", help="the stages that make a corpus", allow_abbrev=False,
+                            description="The stages that make a corpus, in this order.")
+  verbs = parser.add_subparsers(metavar="STAGE", required=True)
+  images = "folder that the records' image paths are relative to (default: as noted by verbalize)"
+
+  p = add_verb(verbs, "verbalize", verbalize, "describe pictures and their regions in words",
+               "lskd corpus verbalize --source scenes --count 1000 --out runs/words")
+  p.add_argument("--source", required=True, choices=("scenes", "coco"),
+                 help="drawn scenes, or photographs with boxes in the COCO format")
+  p.add_argument("--out", required=True, type=Path, metavar="DIR")
+  p.add_argument("--split", default="train", help="split the records belong to (default: train)")
+  group = p.add_argument_group("scenes")
+  group.add_argument("--count", type=count, default=1000, help="pictures to draw (default: 1000)")
+  group.add_argument("--seed", type=seed, default=0)
+  group.add_argument("--error-rate", type=share, default=0.25,
+                     help="share of attributes that are misread (default: 0.25)")
+  group = p.add_argument_group("coco")
+  group.add_argument("--annotations", type=Path, metavar="FILE", help="instances json")
+  group.add_argument("--captions", type=Path, metavar="FILE", help="captions json, if there is one")
+  group.add_argument("--images", type=Path, metavar="DIR", help="folder of the photographs")
+
+  p = add_verb(verbs, "teach", teach, "write statements from the words",
+               "lskd corpus teach --corpus runs/words --out runs/taught")
+  _folders(p)
+  p.add_argument("--per-image", type=count, default=8, help="statements, at most (default: 8)")
+  p.add_argument("--seed", type=seed, default=0)
+
+  p = add_verb(verbs, "judge", judge, "judge a share of the statements, or list them for a person",
+               "lskd corpus judge --corpus runs/taught --sheet --out sheet.csv")
+  p.add_argument("--corpus", required=True, type=Path, metavar="DIR")
+  p.add_argument("--out", required=True, type=Path, metavar="FILE", help=".jsonl or, a sheet, .csv")
+  p.add_argument("--sheet", action="store_true",
+                 help="write statements for a person to judge, instead of judging scenes by their "
+                      "graph")
+  p.add_argument("--share", type=share, default=0.05, help="of all statements (default: 0.05)")
+  p.add_argument("--wrong", type=share, default=0.05,
+                 help="share of the verdicts turned around, as people err (default: 0.05)")
+  p.add_argument("--seed", type=seed, default=0)
+
+  p = add_verb(verbs, "score", score, "give every statement its P(accept) by a critic",
+               "lskd corpus score --corpus runs/taught --model runs/student/model "
+               "--judgements judged.jsonl --out runs/scored")
+  _folders(p)
+  p.add_argument("--images", type=Path, metavar="DIR", help=images)
+  p.add_argument("--model", required=True, type=Path, metavar="DIR",
+                 help="a critic; or a student, whose likelihoods become scores")
+  p.add_argument("--judgements", type=Path, metavar="FILE",
+                 help="what turns a student's likelihoods into probabilities")
+
+  p = add_verb(verbs, "filter", filter_, "drop duplicates and choose the cut to read with",
+               "lskd corpus filter --corpus runs/scored --judgements judged.jsonl "
+               "--target-precision 0.9 --out runs/filtered")
+  _folders(p)
+  p.add_argument("--judgements", type=Path, metavar="FILE")
+  cut = p.add_mutually_exclusive_group()
+  cut.add_argument("--target-precision", type=share, metavar="P",
+                   help="the lowest cut that reaches this precision (default: the best F1)")
+  cut.add_argument("--min-score", type=float, metavar="X", help="this cut")
+
+  p = add_verb(verbs, "build", build, "write the dataset, pictures included",
+               "lskd corpus build --corpus runs/filtered --out runs/built")
+  _folders(p)
+  p.add_argument("--images", type=Path, metavar="DIR", help=images)
+  p.add_argument("--name", default="default", help="of this variant of the dataset")
+  p.add_argument("--overwrite", action="store_true", help="replace another dataset of that name")
+
+  p = add_verb(verbs, "report", report, "write a page with numbers, plots and pictures",
+               "lskd corpus report --corpus runs/filtered --out report.html")
+  p.add_argument("--corpus", required=True, type=Path, metavar="DIR")
+  p.add_argument("--out", required=True, type=Path, metavar="FILE.html")
+  p.add_argument("--images", type=Path, metavar="DIR", help=images)
+
+  p = add_verb(verbs, "publish", publish, "copy a built dataset, checked and with a dataset card",
+               "lskd corpus publish --corpus runs/built --out /data/published "
+               "--image-source 'COCO 2017' --image-licence 'CC BY 4.0'")
+  _folders(p)
+  p.add_argument("--image-source", default="", help="for the card: where the pictures come from")
+  p.add_argument("--image-licence", default="", help="for the card")
+  p.add_argument("--critic", default="", help="for the card: what scored the statements")
+  p.add_argument("--threshold", type=float, help="for the card: the score to read with")
+  p.add_argument("--notes", default="", help="for the card, in Markdown")
+  p.add_argument("--overwrite", action="store_true", help="replace another dataset of that name")
+
+
+def _folders(parser) -> None:
+  parser.add_argument("--corpus", required=True, type=Path, metavar="DIR",
+                      help="what the stage before wrote")
+  parser.add_argument("--out", required=True, type=Path, metavar="DIR")
+
+
+def verbalize(args) -> None:
+  """Draws scenes, or reads photographs with boxes, and describes them."""
+  if args.source == "scenes":
+    from data_pipeline import corpus_stages, stages
+    summary = corpus_stages.verbalize_scenes(args.out, args.count, args.seed, args.error_rate,
+                                             split=args.split)
+    root = args.out / "images"
+  else:
+    from data_pipeline import stages
+    for name in ("annotations", "images"):
+      if getattr(args, name) is None:
+        args.parser.error(f"--source coco needs --{name}")
+    root = args.images
+    summary = verbalize_photographs(args.annotations, root, args.out, args.captions, args.split)
+  stages.open_shards(args.out)  # says so if there is nothing
+  note_images(args.out, root)
+  say_what_came(summary, args.out, f"lskd corpus teach --corpus {args.out} --out DIR")
+
+
+def verbalize_photographs(annotations: Path, images: Path, out: Path, captions: Path | None,
+                          split: str) -> dict:
+  """Reads a COCO file and describes its pictures from their boxes, as one stage. Its summary."""
+  from data_pipeline import stages
+  from data_pipeline.records import ImageRecord
+  from data_pipeline.sources import coco
+  from data_pipeline.verbalize import verbalize_annotations
+  rows = coco.load_coco(annotations, captions)
+
+  def described(found):
+    if not isinstance(found, ImageRecord):
+      return found  # a box that was left out
+    words = verbalize_annotations(found, found.verbalization.captions)
+    return dataclasses.replace(found, verbalization=words)
+
+  def work(row: dict) -> list:
+    return [described(r) for r in coco.coco_records(row, images, split, annotations.name)]
+
+  shards = stages.split_evenly(rows, -(-len(rows) // 500))
+  return stages.run_stage("verbalize", shards, work, out, {"source": "coco", "split": split})
+
+
+def teach(args) -> None:
+  """The template teacher."""
+  from data_pipeline import corpus_stages
+  summary = corpus_stages.teach_corpus(args.corpus, args.out, args.per_image, args.seed)
+  note_images(args.out, image_root(args.corpus))
+  say_what_came(summary, args.out, f"lskd corpus judge --corpus {args.out} --out FILE",
+                f"lskd corpus report --corpus {args.out} --out FILE.html")
+
+
+def judge(args) -> None:
+  """Judgements of scenes by their graph; for other pictures a sheet that a person fills in."""
+  import numpy as np
+
+  from data_pipeline import judge, stages
+  from data_pipeline.records import DataError
+  records = list(stages.read_records(args.corpus))
+  with new_file(args.out) as draft:
+    if args.sheet:
+      written = judge.write_sheet(records, args.share, draft, args.seed)
+    else:
+      if not all("scene" in record.extra for record in records):
+        raise DataError(f"{args.corpus}: only drawn scenes can be judged without a person; add "
+                        "--sheet to write a sheet that a person fills in")
+      rng = np.random.default_rng(args.seed)
+      found = judge.judge_from_scene(records, rng, args.share, args.wrong)
+      judge.write_judgements(draft, found)
+      written = len(found)
+    if not written:
+      raise DataError(f"--share {args.share}: that is none of the statements; raise it")
+  if args.sheet:
+    print(f"judge: {written} statements to judge in {args.out}\n"
+          "  next: fill in `accept` with 1 or 0; the file then goes to --judgements")
+  else:
+    accepted = sum(judgement.accept for judgement in found)
+    print(f"judge: {written} judgements in {args.out}, {accepted} accept\n  next: lskd corpus score "
+          f"--corpus {args.corpus} --model DIR --judgements {args.out} --out DIR")
+
+
+def score(args) -> None:
+  """Scores by a critic, or by the critic of kind `evidence` on a student's likelihoods."""
+  from lskd_jax import scoring
+  scored = scoring.score_stages(args.corpus, image_root(args.corpus, args.images), args.model,
+                                args.out, args.judgements)
+  note_images(args.out, image_root(args.corpus, args.images))
+  say_what_came(scored.summary, args.out, f"lskd corpus filter --corpus {args.out} --judgements "
+                "FILE --out DIR")
+  print(f"  scores: {scored.about}")
+
+
+def filter_(args) -> None:
+  """Drops duplicates. The cut is written beside them; reading with it hides what is below."""
+  from data_pipeline import filter as filtering, stages
+  summary = filtering.filter_corpus(args.corpus, args.out)
+  note_images(args.out, image_root(args.corpus))
+  cut = filtering.cut_for(stages.read_records(args.corpus), args.judgements,
+                          args.target_precision, args.min_score)
+  say_what_came(summary, args.out, f"lskd corpus build --corpus {args.out} --out DIR")
+  print(cut)
+
+
+def build(args) -> None:
+  """The TFDS dataset."""
+  from data_pipeline import lck
+  from data_pipeline.manifest import read_manifest
+  folder = lck.build_lck(records_of(args.corpus), image_root(args.corpus, args.images), args.out,
+                         args.name, overwrite=args.overwrite)
+  manifest = read_manifest(folder)
+  splits = manifest["splits"].values()
+  total = {kind: sum(split[kind] for split in splits) for kind in ("images", "statements")}
+  print(f"build: {total['images']} images, {total['statements']} statements in {folder}\n"
+        f"  rejected: {manifest['rejected']}, with reasons in {folder / 'rejected.jsonl'}\n"
+        f"  next: lskd train --config FILE --config.data.corpus={folder}{_reading(args.corpus)} "
+        f"--workdir DIR\n        lskd corpus publish --corpus {folder} --out DIR")
+
+
+def _reading(corpus: Path) -> str:
+  cut = cut_of(corpus)
+  return "" if cut is None else f" --config.data.min_score={cut:.4f}"
+
+
+def report(args) -> None:
+  """One HTML page."""
+  from data_pipeline.images import read_image
+  from data_pipeline.report import write_corpus_report
+  records, root = records_of(args.corpus), image_root(args.corpus, args.images)
+  write_corpus_report(args.out, str(args.corpus), records,
+                      lambda record: read_image(root / record.image), cut=cut_of(args.corpus),
+                      truth=truth_of(records))
+  print(f"report: {args.out}; open it in a browser")
+
+
+def truth_of(records) -> dict[str, bool] | None:
+  """Which statements are true, where the pictures are drawn scenes and the teacher is ours."""
+  from data_pipeline.judge import is_true
+  from data_pipeline.sources.scenes import scene_from_dict
+  known = {s.index: all(is_true(s, scene_from_dict(record.extra["scene"])))
+           for record in records if "scene" in record.extra
+           for s in record.statements if "facts" in s.provenance}
+  return known or None
+
+
+def publish(args) -> None:
+  """A checked copy with a dataset card."""
+  from data_pipeline.lck import publish_lck
+  folder = publish_lck(args.corpus, args.out, args.image_source, args.image_licence, args.critic,
+                       args.threshold, args.notes, args.overwrite)
+  print(f"publish: {folder}; its card is {folder / 'README.md'}")
