@@ -4,7 +4,7 @@
         --config.data.corpus=work/words --config.data.image_root=work/words/images --workdir work/captions
 
 Expected: ITC falls below 1 within 100 steps, because place, weather and length identify a caption;
-the loss of LM ends near 1.0. About 40 s on two cores.
+the loss of LM ends near 1.0. About 30 s on two cores.
 """
 from configs import scenes
 
@@ -16,9 +16,9 @@ def get_config():
   config.init.parts = ("vit",)
   config.data.texts.update(statements=0.0, captions=1.0)
   config.data.region_mode = "none"
-  config.data.batch_size = 32
+  config.data.batch_size = 16
   config.data.statements = 1
-  config.data.text_tokens = 56
+  config.data.text_tokens = 48
   config.data.cache_features = True
   config.optim.update(learning_rate=1e-3, steps=200)
   return config

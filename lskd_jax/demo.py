@@ -49,7 +49,7 @@ FULL = (
     Task("overlay", ("publish",), 1, "arm `overlay`: filtered, boxes drawn"),
 )
 
-SIZES = dict(train=4500, dev=60, test=330, per_image=8, error_rate=0.25, judged=0.05, misjudged=0.05,
+SIZES = dict(train=4500, dev=60, test=300, per_image=8, error_rate=0.25, judged=0.05, misjudged=0.05,
              steps=1.0, target_precision=None)
 QUICK = dict(SIZES, train=240, dev=24, test=24, steps=0.02, judged=0.3)
 

@@ -21,14 +21,18 @@ from data_pipeline import (choices, corpus_stages, filter as filtering, images, 
 from data_pipeline.corpus import Corpus, open_corpus
 from data_pipeline.lck import build_lck, publish_lck
 from data_pipeline.sources import scenes
-from lskd_jax import parallel
+from lskd_jax import evidence, parallel
 from lskd_jax.evaluate import scenes as benchmark
 from lskd_jax.evaluate.candidates import Scorer
+from lskd_jax.judged import judged_corpus
 from lskd_jax.models import build
+from lskd_jax.scoring import critic_scores, statement_likelihoods
 
 from lskd_jax.train import corpus_texts, train
 
 HELD_OUT = {"dev": 1, "test": 2}   # seeds of the held-out pictures, beside the training pictures' 0
+PUBLISHED = "published/lck/default/1.0.0"
+TEXT_TOKENS = 48                   # of a text when it is scored: no caption is longer
 MIN_FIGURES = 4                    # of a held-out picture: a question needs four different answers
 
 
@@ -102,7 +106,8 @@ def run_config(work: Path, name: str, run: str):
   config.data.image_root = str(work / "words" / "images")
   config.optim.steps = max(4, round(config.optim.steps * size["steps"]))
   config.optim.warmup_steps = min(config.optim.warmup_steps, config.optim.steps // 4)
-  config.eval.every = max(1, round(config.eval.every * size["steps"])) if config.eval.every else 0
+  if config.eval.every:
+    config.eval.every = max(config.optim.steps // 6, round(config.eval.every * size["steps"]))
   return config
 
 
@@ -151,7 +156,7 @@ def arm(work: Path, name: str) -> None:
   config.data.features = "" if region_mode == "overlay" else str(work / "features")
   config.data.region_mode = region_mode
   if corpus == "lck":
-    config.data.corpus = str(work / "published")
+    config.data.corpus = str(work / PUBLISHED)
     config.data.min_score = json.loads((work / "cut.json").read_text())["cut"]
     config.data.image_root = ""
   else:
@@ -167,7 +172,7 @@ def dev_evaluation(work: Path) -> Callable:
   def evaluate(graph, state, step):
     if not loaded:
       loaded.append(held_out(work, "dev"))
-    found = score_held_out(work, graph, state, *loaded[0], columns=("q_a",), heads=False)
+    found = score_held_out(work, graph, state, *loaded[0], columns=("q_a",))
     return {"dev_q_a": found["q_a"]["lm"]}
   return evaluate
 
@@ -179,15 +184,27 @@ def held_out(work: Path, split: str):
   return choices.read_items(work / f"{split}.jsonl"), pixels
 
 
-def score_held_out(work: Path, graph, state, items, pixels, columns=benchmark.COLUMNS, heads=True):
-  """Accuracies of a student; the ViT runs once per picture unless boxes are drawn on the pixels."""
-  scorer = Scorer(graph, state, heads=heads)
+def score_held_out(work: Path, graph, state, items, pixels, columns=benchmark.COLUMNS, heads=0):
+  """Accuracies of a student; the ViT runs once per picture unless boxes are drawn on the pixels.
+
+  heads: all items are chosen by the LM head; the other heads, which cost several times as much, are
+  measured on every n-th item, `heads` of them (0 = not at all).
+  """
+  scorer = Scorer(graph, state, heads=False)
   config = scorer.config
   overlay = draw_boxes if config.region_mode in ("overlay", "both") else None
   rows = {"image": pixels} if overlay else {"features": scorer.features(pixels)}
-  return benchmark.evaluate(scorer, items, rows, scorer_tokenizer(work), overlay=overlay,
-                            max_regions=config.max_regions, text_tokens=56,
-                            image_size=config.vit.image_size, columns=columns)
+
+  def evaluate(scorer, items):
+    return benchmark.evaluate(scorer, items, rows, scorer_tokenizer(work), overlay=overlay,
+                              max_regions=config.max_regions, text_tokens=TEXT_TOKENS,
+                              image_size=config.vit.image_size, columns=columns)
+  found = evaluate(scorer, items)
+  if heads:
+    others = evaluate(Scorer(graph, state), items[::max(1, len(items) // heads)])
+    for column in columns:
+      found[column] = {**others[column], **found[column]}
+  return found
 
 
 def scorer_tokenizer(work: Path):
@@ -207,7 +224,7 @@ def evaluate_arm(work: Path, name: str, model_dir: Path) -> None:
     return
   def evaluate():
     model = build.load(model_dir)
-    return score_held_out(work, model.graph, model.state, *held_out(work, "test"))
+    return score_held_out(work, model.graph, model.state, *held_out(work, "test"), heads=240)
   finished = json.loads((model_dir.parent / "finished.json").read_text())
   path.parent.mkdir(exist_ok=True)
   stages.write_json(path, {"columns": on_mesh(evaluate), **finished})
@@ -224,7 +241,6 @@ def on_mesh(call: Callable):
 
 def judged_only(work: Path, file: str) -> Corpus:
   """The taught corpus with the statements that a judgement file is about."""
-  from lskd_jax.judged import judged_corpus
   corpus = open_corpus(work / "taught", work / "words" / "images")
   return judged_corpus(corpus, judge.read_judgements(work / file))
 

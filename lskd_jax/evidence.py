@@ -10,11 +10,13 @@ Plain NumPy in float64; no JAX.
 from collections.abc import Sequence
 import dataclasses
 from dataclasses import dataclass
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 
 from data_pipeline.filter import sigmoid
+from data_pipeline.judge import read_judgements
 from data_pipeline.records import DataError
 from data_pipeline.texts import ANSWER, RATIONALE
 
@@ -79,6 +81,14 @@ class EvidenceCritic:
     """The reverse of `to_json`."""
     lists = ("sources", "center", "scale", "weights")
     return cls(**{**values, **{name: tuple(values[name]) for name in lists}})
+
+
+def read_verdicts(path: Path | str) -> dict[str, int]:
+  """{statement index: 1 for accept, 0 for reject} of a judgement file; DataError if it is empty."""
+  verdicts = {judgement.index: judgement.accept for judgement in read_judgements(path)}
+  if not verdicts:
+    raise DataError(f"{path}: holds no judgement; fill in `accept` with 1 or 0")
+  return verdicts
 
 
 def fit_evidence(evidence: Sequence[Evidence], labels: Sequence[int],

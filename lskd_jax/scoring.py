@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 import dataclasses
 import hashlib
+import itertools
 import json
 from pathlib import Path
 from typing import NamedTuple
@@ -18,15 +19,17 @@ import jax
 import numpy as np
 from tqdm import tqdm
 
-from data_pipeline import regions, stages
+from data_pipeline import corpus_stages, regions, stages
 from data_pipeline.corpus import Corpus, read_image_file
 from data_pipeline.examples import LoaderOptions, pixels, whole_frame
+from data_pipeline.filter import roc_auc
 from data_pipeline.images import decode
 from data_pipeline.records import DataError, ImageRecord, Statement, statement_mentions, validate
 from data_pipeline.texts import TextEncoder, put_slots, statement_texts, text_encoder
-from lskd_jax import checkpoint, parallel, trees
+from lskd_jax import checkpoint, evidence, parallel, trees
 from lskd_jax.evaluate.candidates import Scorer, in_batches
-from lskd_jax.evidence import Evidence, evidence_features
+from lskd_jax.evidence import Evidence, EvidenceCritic, evidence_features
+from lskd_jax.models import build
 from lskd_jax.models.build import Model
 
 TEXT_TOKENS = 128   # of a statement at most, as in training; less where the model reads fewer
@@ -121,9 +124,71 @@ def say_stage(model: Model, name: str, source: Path | str, image_root: Path | st
       yield from (error for _, error in pairs if isinstance(error, DataError))
 
   shards = stages.open_shards(source)
-  groups = [_grouped(shard) for shard in shards]
+  groups = [_Groups(shard) for shard in shards]
   return stages.run_stage(name, groups, work, out, options, progress,
                           inputs=stages.fingerprint(shards))
+
+
+class Scored(NamedTuple):
+  """What `score_stages` did: the summary of its stage, and in words what the scores are worth."""
+  summary: dict
+  worth: str
+
+
+def score_stages(source: Path | str, image_root: Path | str, model_dir: Path | str,
+                 out: Path | str, judgements: Path | str | None = None) -> Scored:
+  """Scores a stage folder with the model of a directory; resumable, and on one device.
+
+  With a critic the score is its P(accept). With a student a critic of kind `evidence` is fitted to
+  the judgements and written to OUT/critic.json; what the student said stays in OUT/likelihoods. The
+  judged statements themselves are scored by critics that saw no judgement about their image, so
+  that a cut may be chosen on the same judgements. Without judgements, `evidence.uncalibrated`.
+
+  Raises:
+    DataError, CheckpointError: one line that names the file or folder.
+  """
+  out = Path(out)
+  options = {"model": model_digest(model_dir)}
+  with jax.set_mesh(parallel.make_mesh((1, 1), jax.local_devices()[:1])):
+    model = build.load(model_dir)
+    if model.kind == "critic":
+      summary = say_stage(model, "score", source, image_root, out, options)
+      return Scored(summary, f"P(accept) by the critic {model_dir}")
+    said = say_stage(model, "likelihoods", source, image_root, out / "likelihoods", options)
+  critic, own, worth = _fit(out / "likelihoods", judgements)
+
+  def score(records: Sequence[ImageRecord]) -> list[list[float]]:
+    return [[own.get(s.index, p) for s, p in zip(r.statements, critic.scores(
+        [evidence_of(s) for s in r.statements]).tolist())] for r in records]
+
+  fitted = json.loads(json.dumps(critic.to_json()))
+  summary = corpus_stages.score_corpus(out / "likelihoods", out, score,
+                                       {**options, "critic": fitted})
+  stages.write_json(out / "critic.json", fitted)
+  return Scored({**summary, "rejected": summary["rejected"] + said["rejected"]}, worth)
+
+
+def _fit(likelihoods: Path, judgements) -> tuple[EvidenceCritic, dict[str, float], str]:
+  """The critic, {index: score} of the judged statements, and what the scores are worth."""
+  if judgements is None:
+    found = [evidence_of(s) for r in stages.read_records(likelihoods) for s in r.statements]
+    return evidence.uncalibrated(found), {}, (
+        "uncalibrated, for want of --judgements: they rank statements, but are no probabilities")
+  accept = evidence.read_verdicts(judgements)
+  judged = [(r.image, s) for r in stages.read_records(likelihoods) for s in r.statements
+            if s.index in accept]
+  if not judged:
+    raise DataError(f"{judgements}: none of its {len(accept)} judgements is about a statement of "
+                    "this corpus; give the judgements of this corpus")
+  found = [evidence_of(s) for _, s in judged]
+  labels = [accept[s.index] for _, s in judged]
+  scores = evidence.cross_scores(found, labels, [image for image, _ in judged])
+  own = {s.index: float(p) for (_, s), p in zip(judged, scores)}
+  worth = f"P(accept), fitted to {len(labels)} judgements, of which {sum(labels)} accept"
+  if 0 < sum(labels) < len(labels):
+    area = roc_auc(scores, labels)
+    worth += f"; ROC area {area:.3f} on images that the fit had not seen"
+  return evidence.fit_evidence(found, labels), own, worth
 
 
 def evidence_of(statement: Statement) -> Evidence:
@@ -138,12 +203,19 @@ def model_digest(directory: Path | str) -> str:
   return hashlib.sha256(json.dumps(about, sort_keys=True).encode()).hexdigest()[:16]
 
 
-def _grouped(shard) -> Callable:
-  """A function that returns the records of a shard in lists of GROUP."""
-  def read() -> list[list[ImageRecord]]:
-    records = list(shard)
-    return [records[start:start + GROUP] for start in range(0, len(records), GROUP)]
-  return read
+class _Groups:
+  """The records of a shard in lists of GROUP: read when called, counted before."""
+
+  def __init__(self, shard: stages.Shard):
+    self.shard = shard
+
+  def __len__(self) -> int:
+    return -(-len(self.shard) // GROUP)
+
+  def __call__(self) -> Iterator[list[ImageRecord]]:
+    records = iter(self.shard)
+    while group := list(itertools.islice(records, GROUP)):
+      yield group
 
 
 # --- some records --------------------------------------------------------------------------------

@@ -81,7 +81,9 @@ def _train(config, workdir: Path, mesh, evaluate, progress: bool) -> Run:
   make = build.maker(config.task, model_config, tokenizer)
   graph, state = build.initialize(make, config.seed)
   if config.init.model:
-    _, source = checkpoint.load_model(config.init.model)
+    about, source = checkpoint.load_model(config.init.model)
+    if config.task == "critic" and about["kind"] == "student":
+      source = {"student": source}  # the whole student is one part of a critic
     state = build.copy_parts(state, source, tuple(config.init.parts))
   frozen_parts = tuple(config.train.frozen)
   graph, params, frozen = step.split(nnx.merge(graph, state), frozen_parts)

@@ -1,9 +1,9 @@
 """What the verbs share: how they are declared, and the kinds of values they take."""
-import argparse
+from argparse import ArgumentParser, ArgumentTypeError
 from collections.abc import Callable
 
 
-def add_verb(verbs, name: str, run: Callable, summary: str, example: str) -> argparse.ArgumentParser:
+def add_verb(verbs, name: str, run: Callable, summary: str, example: str) -> ArgumentParser:
   """Declares a verb: `run(args)` is called for it. The example is a line of a shell."""
   parser = verbs.add_parser(
       name, help=summary, description=summary[0].upper() + summary[1:] + ".",
@@ -32,7 +32,7 @@ def box(text: str) -> tuple[float, ...]:
   try:
     x1, y1, x2, y2 = map(float, text.split(","))
   except ValueError:
-    raise argparse.ArgumentTypeError(f"{text!r} is not x1,y1,x2,y2") from None
+    raise ArgumentTypeError(f"{text!r} is not x1,y1,x2,y2") from None
   return x1, y1, x2, y2
 
 
@@ -42,5 +42,5 @@ def _number(text: str, kind: type, fits: Callable, wanted: str):
   except ValueError:
     value = None
   if value is None or not fits(value):
-    raise argparse.ArgumentTypeError(f"{text!r} is not {wanted}")
+    raise ArgumentTypeError(f"{text!r} is not {wanted}")
   return value

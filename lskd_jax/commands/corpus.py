@@ -1,12 +1,11 @@
 """`lskd corpus …`: from pictures to a published dataset, one resumable stage after another."""
 import dataclasses
-import functools
-import os
+import math
 from pathlib import Path
 
+from data_pipeline import stages
+from lskd_jax.commands import folders
 from lskd_jax.commands.arguments import add_verb, count, seed, share
-from lskd_jax.commands.folders import image_root, note_images, records_of, say_what_came
-from lskd_jax.commands.folders import cut_of, new_file
 
 
 def add_verbs(verbs) -> None:
@@ -104,26 +103,26 @@ def _folders(parser) -> None:
 def verbalize(args) -> None:
   """Draws scenes, or reads photographs with boxes, and describes them."""
   if args.source == "scenes":
-    from data_pipeline import corpus_stages, stages
+    from data_pipeline import corpus_stages
     summary = corpus_stages.verbalize_scenes(args.out, args.count, args.seed, args.error_rate,
                                              split=args.split)
     root = args.out / "images"
   else:
-    from data_pipeline import stages
     for name in ("annotations", "images"):
       if getattr(args, name) is None:
         args.parser.error(f"--source coco needs --{name}")
     root = args.images
     summary = verbalize_photographs(args.annotations, root, args.out, args.captions, args.split)
   stages.open_shards(args.out)  # says so if there is nothing
-  note_images(args.out, root)
-  say_what_came(summary, args.out, f"lskd corpus teach --corpus {args.out} --out DIR")
+  folders.note_images(args.out, root)
+  folders.say_what_came(summary, args.out, f"lskd corpus teach --corpus {args.out} --out DIR")
+  if summary.get("crowds"):
+    print(f"  passed over: {summary['crowds']} boxes of crowds, which show no single thing")
 
 
 def verbalize_photographs(annotations: Path, images: Path, out: Path, captions: Path | None,
                           split: str) -> dict:
   """Reads a COCO file and describes its pictures from their boxes, as one stage. Its summary."""
-  from data_pipeline import stages
   from data_pipeline.records import ImageRecord
   from data_pipeline.sources import coco
   from data_pipeline.verbalize import verbalize_annotations
@@ -139,26 +138,28 @@ def verbalize_photographs(annotations: Path, images: Path, out: Path, captions: 
     return [described(r) for r in coco.coco_records(row, images, split, annotations.name)]
 
   shards = stages.split_evenly(rows, -(-len(rows) // 500))
-  return stages.run_stage("verbalize", shards, work, out, {"source": "coco", "split": split})
+  summary = stages.run_stage("verbalize", shards, work, out, {"source": "coco", "split": split})
+  crowds = sum(annotation["crowd"] for row in rows for annotation in row["annotations"])
+  return {**summary, "crowds": crowds}
 
 
 def teach(args) -> None:
   """The template teacher."""
   from data_pipeline import corpus_stages
   summary = corpus_stages.teach_corpus(args.corpus, args.out, args.per_image, args.seed)
-  note_images(args.out, image_root(args.corpus))
-  say_what_came(summary, args.out, f"lskd corpus judge --corpus {args.out} --out FILE",
-                f"lskd corpus report --corpus {args.out} --out FILE.html")
+  folders.note_images(args.out, folders.image_root(args.corpus, needed=False))
+  folders.say_what_came(summary, args.out, f"lskd corpus judge --corpus {args.out} --out FILE",
+                        f"lskd corpus report --corpus {args.out} --out FILE.html")
 
 
 def judge(args) -> None:
   """Judgements of scenes by their graph; for other pictures a sheet that a person fills in."""
   import numpy as np
 
-  from data_pipeline import judge, stages
+  from data_pipeline import judge
   from data_pipeline.records import DataError
   records = list(stages.read_records(args.corpus))
-  with new_file(args.out) as draft:
+  with folders.new_file(args.out) as draft:
     if args.sheet:
       written = judge.write_sheet(records, args.share, draft, args.seed)
     else:
@@ -176,60 +177,68 @@ def judge(args) -> None:
           "  next: fill in `accept` with 1 or 0; the file then goes to --judgements")
   else:
     accepted = sum(judgement.accept for judgement in found)
-    print(f"judge: {written} judgements in {args.out}, {accepted} accept\n  next: lskd corpus score "
-          f"--corpus {args.corpus} --model DIR --judgements {args.out} --out DIR")
+    print(f"judge: {written} judgements in {args.out}, {accepted} accept\n"
+          f"  next: lskd corpus score --corpus {args.corpus} --model DIR --judgements {args.out} "
+          "--out DIR")
 
 
 def score(args) -> None:
   """Scores by a critic, or by the critic of kind `evidence` on a student's likelihoods."""
   from lskd_jax import scoring
-  scored = scoring.score_stages(args.corpus, image_root(args.corpus, args.images), args.model,
-                                args.out, args.judgements)
-  note_images(args.out, image_root(args.corpus, args.images))
-  say_what_came(scored.summary, args.out, f"lskd corpus filter --corpus {args.out} --judgements "
-                "FILE --out DIR")
-  print(f"  scores: {scored.about}")
+  root = folders.image_root(args.corpus, args.images)
+  scored = scoring.score_stages(args.corpus, root, args.model, args.out, args.judgements)
+  folders.note_images(args.out, root)
+  folders.say_what_came(scored.summary, args.out, f"lskd corpus filter --corpus {args.out} "
+                        f"--judgements {args.judgements or 'FILE'} --out DIR")
+  print(f"  scores: {scored.worth}")
 
 
 def filter_(args) -> None:
-  """Drops duplicates. The cut is written beside them; reading with it hides what is below."""
-  from data_pipeline import filter as filtering, stages
+  """Drops duplicates. The cut is written beside them; what is below it stays, for another cut."""
+  from data_pipeline import filter as filtering
+  from lskd_jax.commands import cuts
+  cut = cuts.choose(stages.read_records(args.corpus), args.judgements, args.target_precision,
+                    args.min_score)
   summary = filtering.filter_corpus(args.corpus, args.out)
-  note_images(args.out, image_root(args.corpus))
-  cut = filtering.cut_for(stages.read_records(args.corpus), args.judgements,
-                          args.target_precision, args.min_score)
-  say_what_came(summary, args.out, f"lskd corpus build --corpus {args.out} --out DIR")
-  print(cut)
+  folders.note_images(args.out, folders.image_root(args.corpus, needed=False))
+  if cut is not None:
+    stages.write_json(args.out / folders.CUT, cut)
+  folders.say_what_came(summary, args.out, f"lskd corpus build --corpus {args.out} --out DIR",
+                        f"lskd corpus report --corpus {args.out} --out FILE.html")
+  print("  " + cuts.in_words(cut))
 
 
 def build(args) -> None:
   """The TFDS dataset."""
   from data_pipeline import lck
   from data_pipeline.manifest import read_manifest
-  folder = lck.build_lck(records_of(args.corpus), image_root(args.corpus, args.images), args.out,
-                         args.name, overwrite=args.overwrite)
+  root = folders.image_root(args.corpus, args.images)
+  folder = lck.build_lck(folders.Records(args.corpus), root, args.out, args.name,
+                         overwrite=args.overwrite)
   manifest = read_manifest(folder)
   splits = manifest["splits"].values()
   total = {kind: sum(split[kind] for split in splits) for kind in ("images", "statements")}
   print(f"build: {total['images']} images, {total['statements']} statements in {folder}\n"
-        f"  rejected: {manifest['rejected']}, with reasons in {folder / 'rejected.jsonl'}\n"
+        f"{folders.rejections(manifest['rejected'], folder / 'rejected.jsonl')}\n"
         f"  next: lskd train --config FILE --config.data.corpus={folder}{_reading(args.corpus)} "
         f"--workdir DIR\n        lskd corpus publish --corpus {folder} --out DIR")
 
 
 def _reading(corpus: Path) -> str:
-  cut = cut_of(corpus)
-  return "" if cut is None else f" --config.data.min_score={cut:.4f}"
+  """The option to train with the corpus's cut, if it has one."""
+  cut = folders.cut_of(corpus)
+  # Rounded down, so that what is just at the cut stays.
+  return "" if cut is None else f" --config.data.min_score={math.floor(cut * 1e4) / 1e4}"
 
 
 def report(args) -> None:
   """One HTML page."""
   from data_pipeline.images import read_image
   from data_pipeline.report import write_corpus_report
-  records, root = records_of(args.corpus), image_root(args.corpus, args.images)
+  records, root = folders.Records(args.corpus), folders.image_root(args.corpus, args.images)
   write_corpus_report(args.out, str(args.corpus), records,
-                      lambda record: read_image(root / record.image), cut=cut_of(args.corpus),
-                      truth=truth_of(records))
+                      lambda record: read_image(root / record.image),
+                      cut=folders.cut_of(args.corpus), truth=truth_of(records))
   print(f"report: {args.out}; open it in a browser")
 
 
@@ -246,6 +255,6 @@ def truth_of(records) -> dict[str, bool] | None:
 def publish(args) -> None:
   """A checked copy with a dataset card."""
   from data_pipeline.lck import publish_lck
-  folder = publish_lck(args.corpus, args.out, args.image_source, args.image_licence, args.critic,
-                       args.threshold, args.notes, args.overwrite)
+  folder = publish_lck(folders.built_folder(args.corpus), args.out, args.image_source,
+                       args.image_licence, args.critic, args.threshold, args.notes, args.overwrite)
   print(f"publish: {folder}; its card is {folder / 'README.md'}")

@@ -11,6 +11,7 @@ from typing import NamedTuple
 
 from flax import nnx
 import jax
+import jax.numpy as jnp
 import numpy as np
 from tokenizers import Tokenizer
 
@@ -44,8 +45,8 @@ def maker(kind: str, config: StudentConfig, tokenizer: Tokenizer) -> Callable:
 
 
 def initialize(make: Callable, seed: int):
-  """Graph definition and freshly initialised state, made on the mesh in use under jit."""
-  graph = nnx.split(nnx.eval_shape(lambda: make(nnx.Rngs(0))))[0]
+  """Graph definition and freshly initialised state, made on the mesh in use under one jit."""
+  graph, _ = nnx.split(nnx.eval_shape(lambda: make(nnx.Rngs(0))))
   state = jax.jit(lambda key: nnx.split(make(nnx.Rngs(key)))[1])(jax.random.key(seed))
   return graph, state
 
@@ -70,9 +71,13 @@ def load(directory) -> Model:
   config = student_config(about["model"])
   tokenizer = tokenizers.load_tokenizer(Path(directory) / "tokenizer")
   make = maker(about["kind"], config, tokenizer)
-  graph, state = initialize(make, 0)
+  graph, state = nnx.split(nnx.eval_shape(lambda: make(nnx.Rngs(0))))
   _, params = checkpoint.load_model(directory, state.filter(nnx.Param))
-  return Model(about["kind"], config, graph, nnx.merge_state(state.filter(Table), params), tokenizer)
+  tables = tokenizers.mention_tables(tokenizer, config.max_regions)
+  constants = state.filter(Table)
+  for path, leaf in nnx.to_flat_state(constants):
+    leaf.set_value(jnp.asarray(tables[0] if path[-1] == "opens_bracket" else tables[1]))
+  return Model(about["kind"], config, graph, nnx.merge_state(constants, params), tokenizer)
 
 
 def copy_parts(state: nnx.State, source: dict, parts: tuple[str, ...]) -> nnx.State:

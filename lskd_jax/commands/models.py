@@ -1,0 +1,90 @@
+"""`lskd demo`, `train`, `eval` and `score`."""
+import json
+from pathlib import Path
+
+from lskd_jax.commands.arguments import add_verb, box, count, seed
+
+
+def add_demo(verbs) -> None:
+  """Declares `demo`."""
+  p = add_verb(verbs, "demo", demo, "run everything on drawn scenes, up to a table and a report",
+               "lskd demo --quick")
+  p.add_argument("--workdir", type=Path, default=Path("demo"), metavar="DIR",
+                 help="everything is written here (default: demo)")
+  p.add_argument("--quick", action="store_true", help="a small run of everything, in minutes")
+  p.add_argument("--full", action="store_true", help="more arms to compare")
+  p.add_argument("--seed", type=seed, default=0)
+  p.add_argument("--seeds", type=count, default=1, help="runs with as many seeds (default: 1)")
+
+
+def add_verbs(verbs) -> None:
+  """Declares the others."""
+  p = add_verb(verbs, "train", train, "train or resume a student or a critic",
+               "lskd train --config configs/scenes_student.py --config.optim.steps=900 "
+               "--workdir runs/student")
+  p.add_argument("--config", required=True, type=Path, metavar="FILE",
+                 help="Python file with get_config(); --config.key=value changes a value")
+  p.add_argument("--workdir", required=True, type=Path, metavar="DIR",
+                 help="checkpoints, metrics and at the end DIR/model; the same again resumes")
+  group = p.add_argument_group("several processes, one per host")
+  group.add_argument("--processes", type=count, default=1, metavar="N")
+  group.add_argument("--process-id", type=seed, default=0, metavar="I", help="0 to N - 1")
+  group.add_argument("--coordinator", metavar="HOST:PORT",
+                     help="of process 0; not needed on TPU pods")
+
+  p = add_verb(verbs, "eval", evaluate, "score a benchmark",
+               "lskd eval --model runs/student/model --benchmark scenes --data test.jsonl "
+               "--images runs/test/images --out runs/test/results")
+  p.add_argument("--model", required=True, type=Path, metavar="DIR")
+  p.add_argument("--benchmark", required=True, choices=("scenes",))
+  p.add_argument("--data", required=True, type=Path, metavar="FILE", help="the items, jsonl")
+  p.add_argument("--images", required=True, type=Path, metavar="DIR")
+  p.add_argument("--out", required=True, type=Path, metavar="DIR",
+                 help="gets metrics.json and predictions.jsonl")
+
+  p = add_verb(verbs, "score", score, "score texts about regions of a picture",
+               "lskd score --model runs/student/model --image beach.jpg --region 40,10,90,120 "
+               "--text 'question: what is [0] doing? answer: surfing'")
+  p.add_argument("--model", required=True, type=Path, metavar="DIR")
+  p.add_argument("--image", required=True, type=Path, metavar="FILE")
+  p.add_argument("--region", type=box, nargs="+", action="extend", default=[],
+                 metavar="x1,y1,x2,y2", help="in pixels of the picture; the k-th is [k], from 0")
+  p.add_argument("--text", required=True, nargs="+", action="extend", metavar="TEXT")
+
+
+def demo(args) -> None:
+  """Everything on drawn scenes."""
+  from lskd_jax import demo as whole
+  whole.run(workdir=args.workdir, quick=args.quick, full=args.full, seed=args.seed,
+            seeds=args.seeds)
+
+
+def train(args) -> None:
+  """Trains or resumes what a config file describes."""
+  from lskd_jax.config_files import load_config
+  config = load_config(args.config, args.overrides)  # before anything slow
+  from lskd_jax import parallel
+  from lskd_jax.train import train as run
+  parallel.initialize(args.coordinator, args.processes, args.process_id)
+  done = run(config, args.workdir)
+  if args.process_id == 0:
+    print(f"train: {done.steps} steps; the model is in {done.model}")
+
+
+def evaluate(args) -> None:
+  """Scores a benchmark."""
+  from lskd_jax.commands import benchmarks
+  metrics = benchmarks.run_scenes(args.model, args.data, args.images, args.out)
+  for column, heads in metrics["columns"].items():
+    print(f"{column:8s} " + "  ".join(f"{head} {100 * value:5.1f} %"
+                                      for head, value in heads.items()))
+  print(f"eval: {metrics['items']} items; {args.out / 'metrics.json'}, "
+        f"{args.out / 'predictions.jsonl'}")
+
+
+def score(args) -> None:
+  """One JSON line per text."""
+  from lskd_jax import predictor
+  found = predictor.load(args.model).score(args.image, args.region, args.text)
+  for row in found:
+    print(json.dumps(row, ensure_ascii=False))

@@ -1,0 +1,300 @@
+"""The command line: the whole road on a few scenes and on photographs, and what it prints."""
+import csv
+import json
+import os
+from pathlib import Path
+import shlex
+import subprocess
+import sys
+import types
+
+import numpy as np
+import pytest
+
+from data_pipeline import choices, stages
+from data_pipeline.corpus import open_corpus
+from data_pipeline.sources import scenes
+from lskd_jax import cli
+from tests.lskd_jax.tiny import OVERRIDES, make_model
+
+ROOT = Path(__file__).resolve().parents[2]
+VERBS = ["demo", "train", "eval", "score", *(f"corpus {stage}" for stage in (
+  "verbalize", "teach", "judge", "score", "filter", "build", "report", "publish"))]
+
+
+def lskd(*words):
+  """Runs a command that has to succeed."""
+  assert cli.main([str(word) for word in words]) == 0
+
+
+def start(*words):
+  """A command in a process of its own."""
+  return subprocess.run([sys.executable, "-m", "lskd_jax.cli", *map(str, words)], cwd=ROOT,
+                        capture_output=True, text=True, check=False)
+
+
+# --- help ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_every_verb_has_help_with_an_example(verb, capsys):
+  with pytest.raises(SystemExit) as caught:
+    cli.main([*verb.split(), "--help"])
+  assert caught.value.code == 0
+  assert f"example: lskd {verb}" in capsys.readouterr().out
+
+
+def test_the_examples_can_be_read(capsys):
+  """The arguments that the help shows exist."""
+  for verb in VERBS:
+    with pytest.raises(SystemExit):
+      cli.main([*verb.split(), "--help"])
+    text = " ".join(capsys.readouterr().out.partition("example: lskd ")[2].split())
+    assert cli.read_arguments(shlex.split(text)).run
+
+
+def test_help_is_quick_and_leaves_jax_alone():
+  code = ("import sys; from lskd_jax import cli\n"
+          "try: cli.main(['--help'])\n"
+          "except SystemExit: pass\n"
+          "sys.exit(any(name in sys.modules for name in ('jax', 'flax', 'numpy', 'PIL')))")
+  assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=False,
+                        capture_output=True).returncode == 0
+
+
+@pytest.mark.parametrize("words", [
+  [], ["corpus"], ["paint"], ["corpus", "teach"], ["score", "--region", "1,2,3"],
+  ["corpus", "verbalize", "--source", "scenes", "--out", "x", "--count", "0"],
+  ["corpus", "verbalize", "--source", "coco", "--out", "x"],
+  ["demo", "--config.optim.steps=2"], ["train", "--config", "a", "--workdir", "b", "--confi.x=1"],
+])
+def test_wrong_usage_exits_with_two(words, capsys):
+  with pytest.raises(SystemExit) as caught:
+    cli.main(words)
+  assert caught.value.code == 2
+  assert "lskd" in capsys.readouterr().err
+
+
+def test_the_demo_gets_its_arguments(monkeypatch):
+  calls = []
+  demo = types.ModuleType("lskd_jax.demo")
+  demo.run = lambda **arguments: calls.append(arguments)
+  monkeypatch.setitem(sys.modules, "lskd_jax.demo", demo)
+  monkeypatch.setattr("lskd_jax.demo", demo, raising=False)
+  lskd("demo", "--quick", "--workdir", "there", "--seeds", 3)
+  assert calls == [dict(workdir=Path("there"), quick=True, full=False, seed=0, seeds=3)]
+
+
+# --- errors --------------------------------------------------------------------------------------
+
+
+def fails(error, monkeypatch, capsys):
+  """The exit code and the lines on stderr of a verb that raises."""
+  def run(**arguments):
+    raise error
+  demo = types.ModuleType("lskd_jax.demo")
+  demo.run = run
+  monkeypatch.setitem(sys.modules, "lskd_jax.demo", demo)
+  monkeypatch.setattr("lskd_jax.demo", demo, raising=False)
+  return cli.main(["demo"]), capsys.readouterr().err.splitlines()
+
+
+def test_an_interrupted_command_says_how_to_go_on(monkeypatch, capsys):
+  code, lines = fails(KeyboardInterrupt(), monkeypatch, capsys)
+  assert code == 130
+  assert lines == ["lskd: interrupted; the same command continues where this one stopped"]
+
+
+def test_what_the_system_refuses_names_the_file(monkeypatch, capsys):
+  error = PermissionError(13, "Permission denied", "/data/out")
+  assert fails(error, monkeypatch, capsys) == (1, ["lskd: error: /data/out: Permission denied"])
+  error = OSError(28, "No space left on device")
+  assert fails(error, monkeypatch, capsys) == (
+    1, ["lskd: error: the disk is full; free some space and run again"])
+
+
+def test_an_error_of_the_program_keeps_its_traceback(monkeypatch, capsys):
+  for error in (TypeError("wrong"), ZeroDivisionError(), ValueError("from a library")):
+    with pytest.raises(type(error)):
+      fails(error, monkeypatch, capsys)
+
+
+# --- the road ------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def road(tmp_path_factory):
+  """A folder in which eight scenes were verbalized, taught, judged; and a student."""
+  folder = tmp_path_factory.mktemp("road")
+  lskd("corpus", "verbalize", "--source", "scenes", "--count", 8, "--out", folder / "words")
+  lskd("corpus", "teach", "--corpus", folder / "words", "--out", folder / "taught")
+  lskd("corpus", "judge", "--corpus", folder / "taught", "--share", 0.5,
+       "--out", folder / "judged.jsonl")
+  make_model(folder / "model")
+  return folder
+
+
+@pytest.fixture(scope="module")
+def scored(road):
+  lskd("corpus", "score", "--corpus", road / "taught", "--model", road / "model",
+       "--judgements", road / "judged.jsonl", "--out", road / "scored")
+  return road / "scored"
+
+
+def test_pictures_and_words_are_written_together(road, capsys):
+  lskd("corpus", "verbalize", "--source", "scenes", "--count", 8, "--out", road / "words")
+  said = capsys.readouterr().out
+  expected = [record for record, _ in scenes.scene_records(0, 8)]
+  regions = sum(len(record.regions) for record in expected)
+  assert said.startswith(f"verbalize: 8 images, {regions} regions, 0 statements in ")
+  assert "rejected: 0\n" in said
+  assert f"next: lskd corpus teach --corpus {road / 'words'} --out DIR" in said
+  names = sorted(path.name for path in (road / "words" / "images" / "scenes").iterdir())
+  assert names == [f"0-{k:06d}.png" for k in range(8)]
+  records = list(stages.read_records(road / "words"))
+  assert [record.regions for record in records] == [record.regions for record in expected]
+  assert all(record.verbalization.captions for record in records)
+
+
+def test_folders_know_where_the_pictures_are_also_when_moved(road, tmp_path, capsys):
+  moved = tmp_path / "moved"
+  moved.mkdir()
+  for name in ("words", "taught"):
+    subprocess.run(["cp", "-r", road / name, moved / name], check=True)
+  lskd("corpus", "build", "--corpus", moved / "taught", "--out", moved / "built")
+  (moved / "words" / "images").rename(moved / "pictures")
+  assert cli.main(["corpus", "build", "--corpus", str(moved / "taught"), "--out",
+                   str(moved / "again")]) == 1
+  assert f"{moved / 'words/images'}: the images noted" in capsys.readouterr().err
+  lskd("corpus", "build", "--corpus", moved / "taught", "--images", moved / "pictures",
+       "--out", moved / "again")
+
+
+def test_judgements_are_never_overwritten(road, capsys):
+  sheet = road / "sheets" / "sheet.csv"
+  command = ["corpus", "judge", "--corpus", road / "taught", "--sheet", "--share", 0.1,
+             "--out", sheet]
+  lskd(*command)
+  lskd(*command)  # the same again
+  with sheet.open(newline="") as file:
+    rows = list(csv.DictReader(file))
+  assert len(rows) == 6 and rows[0]["accept"] == ""
+  filled = sheet.read_text().replace(",,,\n", ",1,,\n")
+  sheet.write_text(filled)
+  assert cli.main(list(map(str, command))) == 1
+  assert f"{sheet}: is there with other content" in capsys.readouterr().err
+  assert sheet.read_text() == filled
+  assert os.listdir(sheet.parent) == ["sheet.csv"]
+
+
+def test_scores_come_from_the_judgements(road, scored, capsys):
+  capsys.readouterr()
+  lskd("corpus", "score", "--corpus", road / "taught", "--model", road / "model",
+       "--judgements", road / "judged.jsonl", "--out", scored)
+  said = capsys.readouterr().out
+  assert "scores: P(accept), fitted to 32 judgements" in said
+  assert all(0 < s.score < 1 for r in stages.read_records(scored) for s in r.statements)
+  assert json.loads((scored / "critic.json").read_text())["judgements"] == 32
+
+
+def test_from_scores_to_a_published_dataset(road, scored, capsys):
+  capsys.readouterr()
+  lskd("corpus", "filter", "--corpus", scored, "--judgements", road / "judged.jsonl",
+       "--out", road / "filtered")
+  assert "on 32 judgements: precision" in capsys.readouterr().out
+  cut = json.loads((road / "filtered" / "cut.json").read_text())
+  scores = [s.score for r in stages.read_records(scored) for s in r.statements]
+  assert cut["rule"] == "best F1" and cut["kept"] == sum(s >= cut["cut"] for s in scores)
+
+  lskd("corpus", "build", "--corpus", road / "filtered", "--out", road / "built")
+  built = road / "built" / "lck" / "default" / "1.0.0"
+  said = capsys.readouterr().out
+  assert f"build: 8 images, 64 statements in {built}" in said
+  low = float(said.partition("--config.data.min_score=")[2].split()[0])
+  corpus = open_corpus(built, min_score=low)
+  assert sum(len(corpus.record(row).statements) for row in range(8)) >= cut["kept"]
+
+  lskd("corpus", "report", "--corpus", road / "filtered", "--out", road / "report.html")
+  page = (road / "report.html").read_text()
+  assert "data:image/png;base64" in page and f"cut {cut['cut']:.2f}" in page
+
+  lskd("corpus", "publish", "--corpus", road / "built", "--out", road / "published",
+       "--image-licence", "CC0", "--threshold", 0.5)
+  published = road / "published" / "lck" / "default" / "1.0.0"
+  assert "Their licence: CC0" in (published / "README.md").read_text()
+  assert len(open_corpus(published)) == 8
+
+
+@pytest.mark.parametrize("words,said", [
+  (["--min-score", 0.0], "cut: 0.0000 (given) keeps 64 of 64 statements"),
+  ([], "no cut: give --judgements or --min-score"),
+])
+def test_a_cut_can_be_given_or_left_out(road, scored, tmp_path, capsys, words, said):
+  lskd("corpus", "filter", "--corpus", scored, "--out", tmp_path / "filtered", *words)
+  assert said in capsys.readouterr().out
+
+
+def test_a_benchmark_leaves_metrics_and_predictions(road, capsys):
+  records = list(stages.read_records(road / "words"))
+  items = choices.choice_items(records, np.random.default_rng(0), 2)[:6]
+  items += choices.caption_items(records, np.random.default_rng(0))
+  choices.write_items(road / "items.jsonl", items)
+  lskd("eval", "--model", road / "model", "--benchmark", "scenes", "--data", road / "items.jsonl",
+       "--images", road / "words" / "images", "--out", road / "results")
+  assert f"eval: {len(items)} items" in capsys.readouterr().out
+  metrics = json.loads((road / "results" / "metrics.json").read_text())
+  lines = (road / "results" / "predictions.jsonl").read_text().splitlines()
+  rows = [json.loads(line) for line in lines]
+  assert {row["column"] for row in rows} | {"q_ar"} == set(metrics["columns"])
+  for column in ("q_a", "qa_r", "swap"):
+    for head, accuracy in metrics["columns"][column].items():
+      hits = [row["chosen"][head] == row["label"] for row in rows if row["column"] == column]
+      assert accuracy == pytest.approx(np.mean(hits))
+
+
+def test_pointing_prints_one_line_of_json_for_each_text(road, capsys):
+  capsys.readouterr()
+  lskd("score", "--model", road / "model", "--image",
+       road / "words" / "images" / "scenes" / "0-000000.png", "--region", "0,0,32,48",
+       "--text", "question: who is [0]? answer: a chef", "a sunny beach")
+  lines = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+  assert [set(line) for line in lines] == [{"text", "itm", "itc", "lm"}] * 2
+  assert lines[1]["text"] == "a sunny beach"
+
+
+# --- photographs ---------------------------------------------------------------------------------
+
+
+def test_photographs_from_files_to_a_trained_student(real_sample, tmp_path, capsys):
+  lskd("corpus", "verbalize", "--source", "coco", "--annotations", real_sample / "instances.json",
+       "--images", real_sample / "images", "--out", tmp_path / "words")
+  assert "passed over: 1 boxes of crowds" in capsys.readouterr().out
+  lskd("corpus", "teach", "--corpus", tmp_path / "words", "--out", tmp_path / "taught")
+  lskd("corpus", "judge", "--corpus", tmp_path / "taught", "--sheet", "--share", 0.2,
+       "--out", tmp_path / "sheet.csv")
+  lskd("corpus", "build", "--corpus", tmp_path / "taught", "--out", tmp_path / "built")
+  lskd("corpus", "report", "--corpus", tmp_path / "taught", "--out", tmp_path / "report.html")
+  assert "data:image/jpeg;base64" in (tmp_path / "report.html").read_text()
+
+  built = tmp_path / "built" / "lck" / "default" / "1.0.0"
+  train = ["train", "--config", "configs/scenes_student.py", *OVERRIDES,
+           f"--config.data.corpus={built}", "--workdir", tmp_path / "run"]
+  capsys.readouterr()
+  lskd(*train)
+  assert f"train: 2 steps; the model is in {tmp_path / 'run' / 'model'}" in capsys.readouterr().out
+  lskd(*train)  # finished: nothing to do
+
+  photograph = sorted((real_sample / "images").iterdir())[0]
+  capsys.readouterr()
+  lskd("score", "--model", tmp_path / "run" / "model", "--image", photograph,
+       "--region", "10,10,200,200", "--text", "question: what is [0]? answer: a person",
+       "question: what is [0]? answer: a dog")
+  lines = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+  assert len(lines) == 2 and all(np.isfinite(line["lm"]) for line in lines)
+
+
+def test_the_installed_command_says_errors_in_one_line(tmp_path):
+  done = start("corpus", "teach", "--corpus", tmp_path / "nothing", "--out", tmp_path / "out")
+  assert done.returncode == 1
+  assert done.stderr == (f"lskd: error: {tmp_path / 'nothing'}: does not exist; give the folder a "
+                         "stage was written to\n")
