@@ -99,7 +99,7 @@ def run_seed(work: Path, size: dict) -> None:
         wanted = min(task.cores, len(cores))
         if len(free) >= wanted:
           taken = [free.pop(0) for _ in range(wanted)]
-          running[task.name] = (task, launch(task, work, taken, cores), taken, time.time())
+          running[task.name] = (task, launch(task, work, taken, cores, size["quick"]), taken, time.time())
       for name, (task, process, taken, began) in list(running.items()):
         if process.poll() is None:
           continue
@@ -151,14 +151,18 @@ def available_cores() -> list[int]:
   return list(range(os.cpu_count() or 1))
 
 
-def launch(task: Task, work: Path, cores: list[int], all_cores: list[int]) -> subprocess.Popen:
+def launch(task: Task, work: Path, cores: list[int], all_cores: list[int],
+           quick: bool) -> subprocess.Popen:
   """Starts a task on its cores; it dies with this process."""
   terminal = sys.stderr.isatty()
+  # A quick run compiles longer than it trains.
+  flags = " --xla_backend_optimization_level=0" if quick else ""
   environment = {
       **os.environ,
       "JAX_PLATFORMS": "cpu",  # side by side, and the same numbers on every machine of a kind
       "JAX_COMPILATION_CACHE_DIR": str((work / "compiled").absolute()),
       "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.5",
+      "XLA_FLAGS": os.environ.get("XLA_FLAGS", "") + flags,
       "TQDM_POSITION": str(all_cores.index(cores[0])),
       "TQDM_MININTERVAL": "0.5" if terminal else "20",
   }

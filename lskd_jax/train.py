@@ -49,7 +49,7 @@ def train(config, workdir, *, evaluate: Callable | None = None, progress: bool =
     DataError, ValueError, CheckpointError: one line that names the file, key or step.
   """
   workdir = Path(workdir)
-  write_config(config, workdir)
+  claim(config, workdir)
   model_dir = workdir / "model"
   finished = workdir / "finished.json"
   if finished.exists():
@@ -65,6 +65,7 @@ def train(config, workdir, *, evaluate: Callable | None = None, progress: bool =
 
 def _train(config, workdir: Path, mesh, evaluate, progress: bool) -> Run:
   # --- data ---
+  asked = config.copy_and_resolve_references()
   corpus = open_corpus(config.data.corpus, config.data.image_root or None,
                        config.data.min_score, config.data.split or None)
   if config.task == "critic":
@@ -100,6 +101,7 @@ def _train(config, workdir: Path, mesh, evaluate, progress: bool) -> Run:
                                       progress=progress)
   loader = Loader(corpus, tokenizer, loader_options(config, cached is not None), config.seed)
   columns = judgement_columns(corpus, judgements) if config.task == "critic" else None
+  claim(asked, workdir, write=True)
 
   def batches(start: int, end: int):
     for batch in loader.batches(start, end - start, jax.process_index(), jax.process_count()):
@@ -245,8 +247,11 @@ def corpus_texts(corpus: Corpus):
              f"rationale: {statement.rationale}")
 
 
-def write_config(config, workdir: Path) -> None:
-  """Keeps the config of a work directory; another config in the same directory is refused."""
+def claim(config, workdir: Path, write: bool = False) -> None:
+  """Refuses a work directory of another config; with `write`, keeps the config of a new one.
+
+  It is written once the data and the model are there, so a mistyped path claims nothing.
+  """
   wanted = json.loads(config.to_json_best_effort())
   path = workdir / "config.json"
   if path.exists():
@@ -255,8 +260,7 @@ def write_config(config, workdir: Path) -> None:
       key = first_difference(theirs, wanted)
       raise DataError(f"{path}: this run was started with another {key}; use another --workdir, or "
                       "the same config")
-    return
-  if jax.process_index() == 0:
+  elif write and jax.process_index() == 0:
     workdir.mkdir(parents=True, exist_ok=True)
     write_json(path, wanted)
 

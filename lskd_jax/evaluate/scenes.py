@@ -42,7 +42,7 @@ def evaluate(scorer: Scorer, items: Sequence[SceneChoice], images: dict, tokeniz
   right: dict[str, dict[str, np.ndarray]] = {}
 
   def choose(name, items, texts, labels, field, swapped=False):
-    rows = _rows(items, texts, images, tokenizer, max_regions, text_tokens, image_size, swapped,
+    rows = item_rows(items, texts, images, tokenizer, max_regions, text_tokens, image_size, swapped,
                  overlay)
     fields = rows.pop("fields")
     scores = scorer.many(rows, batch)
@@ -75,8 +75,13 @@ def evaluate(scorer: Scorer, items: Sequence[SceneChoice], images: dict, tokeniz
   return result
 
 
-def _rows(items, texts, images, tokenizer, max_regions, text_tokens, image_size, swapped, overlay):
-  """Numpy rows of one column: what the scorer takes, and the texts' fields."""
+def item_rows(items, texts, images, tokenizer, max_regions, text_tokens, image_size, swapped=False,
+              overlay=None) -> dict[str, np.ndarray]:
+  """Numpy rows of one column: what the scorer takes, and the texts' fields.
+
+  texts: for every item its candidate texts, mentions as region ids. The rest as in `evaluate`;
+  swapped: the boxes of each item's `swap` trade places.
+  """
   count, choices = len(items), len(texts[0])
   boxes = np.zeros((count, max_regions, 4), np.float32)
   valid = np.zeros((count, max_regions), bool)

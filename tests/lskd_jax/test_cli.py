@@ -17,6 +17,8 @@ from data_pipeline.sources import scenes
 from lskd_jax import cli
 from tests.lskd_jax.tiny import OVERRIDES, make_model
 
+pytestmark = pytest.mark.usefixtures("compile_quickly")
+
 ROOT = Path(__file__).resolve().parents[2]
 VERBS = ["demo", "train", "eval", "score", *(f"corpus {stage}" for stage in (
   "verbalize", "teach", "judge", "score", "filter", "build", "report", "publish"))]

@@ -13,6 +13,8 @@ from lskd_jax.models.vit import Vit
 from lskd_jax.trees import CheckpointError
 from tests.lskd_jax.tiny import make_model
 
+pytestmark = pytest.mark.usefixtures("compile_quickly")
+
 WHO = "question: who is [0]? answer: a chef rationale: [0] wears a tall white hat"
 OTHER = WHO.replace("[0]", "[1]")
 BOXES = [(0, 0, 40, 40), (30, 10, 80, 60)]

@@ -14,6 +14,8 @@ from lskd_jax import evidence, parallel, predictor, scoring
 from lskd_jax.models import build
 from tests.lskd_jax.tiny import make_model
 
+pytestmark = pytest.mark.usefixtures("compile_quickly")
+
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
