@@ -50,7 +50,7 @@ FULL = (
 )
 
 SIZES = dict(train=4500, dev=60, test=300, per_image=8, error_rate=0.25, judged=0.05, misjudged=0.05,
-             steps=1.0, target_precision=None)
+             steps=1.0, beta=0.5)
 QUICK = dict(SIZES, train=240, dev=24, test=24, steps=0.02, judged=0.3)
 
 

@@ -157,6 +157,8 @@ def arm(work: Path, name: str) -> None:
   config.init.model = str(work / "runs" / "words" / "model")
   config.data.features = "" if region_mode == "overlay" else str(work / "features")
   config.data.region_mode = region_mode
+  if region_mode == "none":
+    config.guard.below = 0.0  # with the regions hidden, chance is where it belongs
   if corpus == "lck":
     config.data.corpus = str(work / PUBLISHED)
     config.data.min_score = json.loads((work / "cut.json").read_text())["cut"]
@@ -270,7 +272,7 @@ def score(work: Path) -> None:
   if chosen == "heads":
     critic_model = on_mesh(lambda: build.load(work / "runs" / "heads_critic" / "model"))
     scores = on_mesh(lambda: critic_scores(critic_model, corpus, cached=features_of(work, corpus)))
-  cut = filtering.choose_cut(by_kind[chosen], labels, settings(work)["target_precision"])
+  cut = filtering.choose_cut(by_kind[chosen], labels, beta=settings(work)["beta"])
   options = {"critic": chosen, "cut": cut.cut}
   corpus_stages.score_corpus(work / "taught", work / "scored",
                              lambda records: [[scores[s.index] for s in r.statements]

@@ -212,9 +212,8 @@ def build(args) -> None:
   """The TFDS dataset."""
   from data_pipeline import lck
   from data_pipeline.manifest import read_manifest
-  root = folders.image_root(args.corpus, args.images)
-  folder = lck.build_lck(folders.Records(args.corpus), root, args.out, args.name,
-                         overwrite=args.overwrite)
+  records, root = folders.Records(args.corpus), folders.image_root(args.corpus, args.images)
+  folder = lck.build_lck(records, root, args.out, args.name, overwrite=args.overwrite)
   manifest = read_manifest(folder)
   splits = manifest["splits"].values()
   total = {kind: sum(split[kind] for split in splits) for kind in ("images", "statements")}

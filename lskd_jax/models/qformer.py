@@ -54,6 +54,11 @@ class ImageMemory(NamedTuple):
   region_valid: Any = None
 
 
+def _add_and_norm(x, update, norm):
+  """Post-norm residual: normalised in float32, handed on in the compute dtype, as a scan needs."""
+  return norm(x + update).astype(x.dtype)
+
+
 class SelfAttention(nnx.Module):
   """norm(x + out(attend(x))): the sub-layer of every block."""
 
@@ -73,7 +78,8 @@ class SelfAttention(nnx.Module):
       keys, values = (jnp.broadcast_to(a[:, None], shape, out_sharding=ACT_BSTHK) for a in cache)
       all_keys, all_values = (jnp.concatenate(pair, 2) for pair in ((keys, k), (values, v)))
     out = layers.attend(q, all_keys, all_values, mask, layers.fold_in(key, 0), rate)
-    return self.norm(x + layers.dropout(self.out(out), rate, layers.fold_in(key, 1))), (k, v)
+    x = _add_and_norm(x, layers.dropout(self.out(out), rate, layers.fold_in(key, 1)), self.norm)
+    return x, (k, v)
 
 
 class CrossAttention(nnx.Module):
@@ -109,7 +115,7 @@ class CrossAttention(nnx.Module):
       gate = jnp.tanh(self.gate[...])[:, None]
       seen += (gate * jnp.where(any_region, regions, 0)).astype(seen.dtype)
     out = layers.reshape(self.out(seen), *x.shape)
-    return self.norm(x + layers.dropout(out, rate, layers.fold_in(key, 1)))
+    return _add_and_norm(x, layers.dropout(out, rate, layers.fold_in(key, 1)), self.norm)
 
 
 class FeedForward(nnx.Module):
@@ -120,7 +126,7 @@ class FeedForward(nnx.Module):
     self.norm = layers.layer_norm(config.width, config.eps, rngs)
 
   def __call__(self, x, key, rate):
-    return self.norm(x + layers.dropout(self.mlp(x), rate, key))
+    return _add_and_norm(x, layers.dropout(self.mlp(x), rate, key), self.norm)
 
 
 class Block(nnx.Module):

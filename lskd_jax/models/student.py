@@ -96,7 +96,8 @@ class Student(nnx.Module):
 
   def slots(self, tokens: jax.Array) -> jax.Array:
     """The slot every token mentions, -1 for none: int32[B, S, T]."""
-    return mention_slots(tokens, self.opens_bracket[...], self.digit[...])
+    return mention_slots(tokens, self.opens_bracket[...], self.digit[...],
+                         self.config.max_regions)
 
   def see(self, features: jax.Array, boxes: jax.Array, valid: jax.Array) -> Sight:
     """Image and regions -> what all passes share.
