@@ -181,11 +181,11 @@ def verbalize_annotations(record: ImageRecord, captions: Sequence[str] = ()) -> 
 def verbalize(record: ImageRecord, seed: int = 0, error_rate: float = 0.25) -> ImageRecord:
   """The record with its verbalization: of its scene graph if it has one, else of its annotations.
 
-  Captions in `record.extra["captions"]` are kept. The errors depend on (seed, image id) alone.
+  Captions that the source gave are kept. The errors depend on (seed, image id) alone.
   """
   if "scene" in record.extra:
     rng = np.random.default_rng([seed, record.image_id])
     words = verbalize_scene(scenes.scene_from_dict(record.extra["scene"]), rng, error_rate)
   else:
-    words = verbalize_annotations(record, tuple(record.extra.get("captions", ())))
+    words = verbalize_annotations(record, record.verbalization.captions)
   return dataclasses.replace(record, verbalization=words)

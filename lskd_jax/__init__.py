@@ -2,17 +2,14 @@
 
     import lskd_jax
     model = lskd_jax.load("path/to/model")
-    model.ask(image, [(40, 10, 90, 120)], "what is [0] doing?")
+    model.score(image, [(40, 10, 90, 120)], ["question: who is [0]? answer: a chef"])
 
 Importing this package is quick: JAX is imported by `load`, or by the module that needs it.
 """
 __version__ = "0.1.0"
 
 
-def load(directory, **options):
-  """The student in a model directory, ready to score texts and to answer questions.
-
-  See `lskd_jax.predictor.load` for the options and the errors.
-  """
+def load(directory):
+  """The student in a model directory, ready to score texts; see `lskd_jax.predictor.load`."""
   from lskd_jax import predictor
-  return predictor.load(directory, **options)
+  return predictor.load(directory)

@@ -24,7 +24,7 @@ def judged_corpus(corpus: Corpus, judgements: Iterable[Judgement]) -> Corpus:
     whole = corpus.record(row)
     kept = tuple(s for s in whole.statements if s.index in found)
     return dataclasses.replace(whole, statements=kept)
-  return Corpus(len(corpus), record, lambda row, _: corpus.image_bytes(row),
+  return Corpus(len(corpus), record, corpus.image_bytes,
                 f"{corpus.name}, judged statements")
 
 

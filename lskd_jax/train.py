@@ -4,8 +4,8 @@ The loop's order is a contract: evaluate, save, and only then draw the next batc
 checkpoint never knows a batch that its parameters have not seen, and a run that is killed anywhere
 continues bit for bit.
 
-The work directory: config.json, tokenizer/, checkpoints/, frozen/, features/, metrics.jsonl,
-events.* (TensorBoard), and at the end model/.
+The work directory: config.json, tokenizer/, checkpoints/, frozen/, damaged/ (checkpoints set aside),
+features/, metrics.jsonl, tensorboard/, and at the end model/ and finished.json.
 """
 from collections.abc import Callable
 import json
@@ -115,7 +115,8 @@ def _train(config, workdir: Path, mesh, evaluate, progress: bool) -> Run:
   steps = config.optim.steps
   objective = make_objective(config)
   tx = optim.optimizer(config.optim)
-  loss_weights = {name: config.loss[name] for name in ("itc", "itm", "lm")}
+  losses_of = ("itc", "itm", "lm") if config.task == "student" else ()
+  loss_weights = {name: config.loss[name] for name in losses_of}
   train_step = step.make_train_step(graph, tx, objective, loss_weights, config.train.microbatches)
   run_key = jax.random.key(config.seed)
   extended = False

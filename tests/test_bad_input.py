@@ -1,5 +1,5 @@
-"""Input that is missing, damaged or not for us: one line that says what to mend, or a rejected record
-with its reason; what was written before stays whole."""
+"""Input that is missing, damaged or of another kind: one line says what to mend, or the record is
+rejected with its reason; what was written before stays whole."""
 import errno
 import json
 import os

@@ -90,22 +90,23 @@ def copy_parts(state: nnx.State, source: dict, parts: tuple[str, ...]) -> nnx.St
   Raises:
     CheckpointError: a part is missing in either, or its parameters differ in name or shape.
   """
-  names = parts or tuple(name for name in state.keys() if name in source)
+  ours = {tuple(map(str, path)): leaf for path, leaf in nnx.to_flat_state(state.filter(nnx.Param))}
+  theirs = dict(_flatten(source))
+  names = parts or sorted({path[0] for path in ours} & {path[0] for path in theirs})
   for name in names:
-    if name not in source or name not in state:
+    wanted = {path: leaf for path, leaf in ours.items() if path[0] == name}
+    given = {path: value for path, value in theirs.items() if path[0] == name}
+    if not wanted or not given:
       raise checkpoint.CheckpointError(f"init.parts: there is no part {name!r} to copy; the source "
                                        f"has {', '.join(sorted(source))}")
-    ours = nnx.to_flat_state(state[name].filter(nnx.Param))
-    theirs = dict(_flatten(source[name]))
-    wanted = {tuple(map(str, path)): leaf for path, leaf in ours}
-    odd = sorted(set(wanted) ^ set(theirs)) or [
-        path for path in wanted if wanted[path][...].shape != theirs[path].shape]
+    odd = sorted(set(wanted) ^ set(given)) or [
+        path for path in wanted if wanted[path][...].shape != given[path].shape]
     if odd:
       raise checkpoint.CheckpointError(
-          f"init.model does not fit: {name}/{'/'.join(odd[0])} is missing or of another shape "
+          f"init.model does not fit: {'/'.join(odd[0])} is missing or of another shape "
           f"({len(odd)} such); use the model sizes of that directory's config.json")
     for path, leaf in wanted.items():
-      leaf[...] = jax.device_put(np.asarray(theirs[path]), leaf[...].sharding)
+      leaf[...] = jax.device_put(np.asarray(given[path]), leaf[...].sharding)
   return state
 
 

@@ -208,7 +208,7 @@ class Tagger(nnx.Module):
 
     int32[B, S, T] -> int32[B, S, T].
     """
-    slots = mention_slots(tokens, self.opens_bracket[...], self.digit[...])
+    slots = mention_slots(tokens, self.opens_bracket[...], self.digit[...], regions)
     at = jnp.where(slots >= 0, jnp.arange(tokens.shape[-1]), -1)
     at = jax.lax.cummax(at, axis=2)
     last = jnp.take_along_axis(slots, jnp.maximum(at, 0), axis=2)

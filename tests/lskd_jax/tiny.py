@@ -1,50 +1,114 @@
-"""A model directory small enough to make and run in seconds, for tests that need one."""
+"""A student that compiles in seconds, parameters that hide no mistake, and batches for both.
+
+Fresh weights hide errors: zero gates, zero biases and unit scales drop out of every formula. So
+tests fill every parameter with seeded noise, and say so where they want a gate closed.
+"""
+import zlib
+
 from flax import nnx
 import jax
 import numpy as np
 
-from data_pipeline import tokenizer as tokenizers
 from lskd_jax import parallel
-from lskd_jax.models import build
-from lskd_jax.models.student import student_config
+from lskd_jax.models.qformer import QFormerConfig
+from lskd_jax.models.student import Student, StudentConfig
+from lskd_jax.models.vit import VitConfig
 
-TEXTS = [
-  "question: who is [0]? answer: a chef rationale: [0] wears a tall white hat",
-  "question: what does [1] do to [2]? answer: [1] greets the king rationale: waving",
-  "a sunny beach: tall white hat with cup waving, gold crown with fish sitting",
-]
+PAD, CLS, SEP = 0, 2, 3
+BRACKET, CLOSE, DIGITS, WORDS, VOCABULARY = 6, 7, 8, 12, 32  # ids: "[", "]", "0" …, first word, end
+REGIONS = 4
+OPENS_BRACKET = np.arange(VOCABULARY) == BRACKET
+DIGIT = np.where((np.arange(VOCABULARY) >= DIGITS) & (np.arange(VOCABULARY) < WORDS),
+                 np.arange(VOCABULARY) - DIGITS, -1).astype(np.int32)
+GATES = ("paint_gate", "mention_gate", "identity_gate", "gate")
 
-MODEL = {
-  "vit": dict(image_size=48, patch=12, width=16, depth=1, heads=2, hidden=32, scan=False),
-  "qformer": dict(width=16, depth=2, heads=2, hidden=32, queries=2, max_tokens=64, scan=False),
-  "embed": 8, "max_regions": 6,
-}
-
-# The same model for `lskd train`, on a config file of the scenes.
-OVERRIDES = [
-  "--config.model.vit.image_size=48", "--config.model.vit.width=16", "--config.model.vit.depth=1",
-  "--config.model.vit.heads=2", "--config.model.vit.hidden=32", "--config.model.qformer.width=16",
-  "--config.model.qformer.heads=2", "--config.model.qformer.hidden=32",
-  "--config.model.qformer.queries=2", "--config.model.embed=8", "--config.data.batch_size=2",
-  "--config.data.statements=2", "--config.optim.warmup_steps=0", "--config.optim.steps=2",
-  "--config.train.tensorboard=False", "--config.eval.every=0", "--config.init.parts=()",
-]
+VIT = VitConfig(image_size=32, patch=8, width=16, depth=1, heads=4, hidden=32)
+QFORMER = QFormerConfig(vocabulary=VOCABULARY, width=32, depth=2, heads=4, hidden=32, queries=4,
+                        max_tokens=16)
+STUDENT = StudentConfig(vit=VIT, qformer=QFORMER, embed=16, max_regions=REGIONS)
 
 
-def make_model(folder, kind="student", region_mode="tokens"):
-  """Writes a model directory with random weights, region gates included, and returns it."""
-  tokenizer = tokenizers.train_tokenizer(TEXTS, folder.parent / "tokenizer", 400, 1)
-  qformer = {**MODEL["qformer"], "vocabulary": tokenizer.get_vocab_size()}
-  config = student_config({**MODEL, "qformer": qformer, "region_mode": region_mode})
-  rng = np.random.default_rng(0)
+def make_student(config=STUDENT):
+  """rngs -> Student with the tiny mention tables."""
+  return lambda rngs: Student(config, OPENS_BRACKET, DIGIT, rngs)
 
-  def random(path, leaf):
-    values = 0.2 * rng.standard_normal(leaf.shape)
-    return np.asarray(values + ("scale" in jax.tree_util.keystr(path)), leaf.dtype)
 
-  with jax.set_mesh(parallel.make_mesh((1, 1), jax.devices()[:1])):
-    make = build.maker(kind, config, tokenizer)
-    shapes = nnx.split(nnx.eval_shape(lambda: make(nnx.Rngs(0))))[1].filter(nnx.Param)
-  build.save(folder, kind, config, jax.tree_util.tree_map_with_path(random, shapes),
-             folder.parent / "tokenizer")
-  return folder
+def filled(make, seed: int = 0, closed: tuple[str, ...] = ()):
+  """The module of `make(rngs)` on the mesh in use, its parameters noise that depends on their names.
+
+  Nothing is compiled for it, and a parameter has the same values whatever else a module has.
+
+  Args:
+    closed: last names of parameters left at zero, such as GATES.
+  """
+  graph, abstract = nnx.split(nnx.eval_shape(lambda: make(nnx.Rngs(0))))
+  mesh = jax.sharding.get_mesh()
+
+  def fill(path, leaf):
+    name = jax.tree_util.keystr(path, simple=True, separator="/").removesuffix("/value")
+    last = name.rsplit("/", 1)[-1]
+    noise = np.random.default_rng([seed, zlib.crc32(name.encode())]).normal(size=leaf.shape)
+    if last in ("opens_bracket", "digit"):
+      value = OPENS_BRACKET if last == "opens_bracket" else DIGIT
+    elif last in closed:
+      value = np.zeros(leaf.shape)
+    elif last == "scale":
+      value = 1 + 0.1 * noise
+    elif last == "log_temperature":
+      value = np.log(0.2)
+    else:
+      value = noise * (0.2 if last in ("bias", *GATES) else 0.3)
+    value = np.asarray(value, leaf.dtype)
+    return jax.device_put(value, parallel.sharding_of(leaf, mesh))
+  return nnx.merge(graph, jax.tree_util.tree_map_with_path(fill, abstract))
+
+
+def student(config=STUDENT, seed: int = 0, closed: tuple[str, ...] = ()) -> Student:
+  """A student of noise."""
+  return filled(make_student(config), seed, closed)
+
+
+def pure(module) -> dict:
+  """A module's variables as nested dicts of float64 (or integer) NumPy arrays."""
+  double = lambda a: np.asarray(a, np.float64) if np.asarray(a).dtype.kind == "f" else np.asarray(a)
+  return jax.tree.map(double, nnx.to_pure_dict(nnx.split(module)[1]))
+
+
+def parts(module, *names: str):
+  """(graph, parameters whose path has one of the names, everything else); () = all parameters."""
+  wanted = nnx.Param if not names else nnx.All(
+      nnx.Param, nnx.Any(*(nnx.PathContains(name) for name in names)))
+  return nnx.split(module, wanted, ...)
+
+
+def batch(seed: int = 0, images: int = 4, statements: int = 2, tokens: int = 12) -> dict:
+  """A batch as the loader gives it: every image has its own number of regions, texts of several
+  lengths mention some of them, and the last statement of the last image does not exist."""
+  rng = np.random.default_rng(seed)
+  low = rng.uniform(0, 0.6, (images, REGIONS, 2))
+  boxes = np.concatenate([low, low + rng.uniform(0.1, 0.4, low.shape)], -1).astype(np.float32)
+  count = 2 + np.arange(images) % (REGIONS - 1)
+  ids = np.full((images, statements, tokens), PAD, np.int32)
+  fields = np.zeros(ids.shape, np.int8)
+  valid = np.ones((images, statements), bool)
+  valid[-1, -1] = statements == 1
+  for b, s in np.argwhere(valid):
+    length = rng.integers(tokens - 4, tokens + 1)
+    text = rng.integers(WORDS, VOCABULARY, length)
+    text[0], text[-1] = CLS, SEP
+    text[2:5] = BRACKET, DIGITS + rng.integers(count[b]), CLOSE
+    ids[b, s, :length] = text
+    fields[b, s, 1:length - 1] = np.sort(rng.integers(1, 4, length - 2))  # question … rationale
+  return {
+      "image": rng.integers(0, 256, (images, VIT.image_size, VIT.image_size, 3)).astype(np.uint8),
+      "image_id": np.arange(images, dtype=np.int32),
+      "boxes": boxes,
+      "region_valid": np.arange(REGIONS) < count[:, None],
+      "tokens": ids, "fields": fields, "statement_valid": valid}
+
+
+def put(rows: dict) -> dict:
+  """A batch on the mesh in use."""
+  return parallel.put_batch(rows, jax.sharding.get_mesh())
+
+

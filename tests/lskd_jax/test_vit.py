@@ -1,0 +1,97 @@
+"""The ViT against its formulas written out in float64 NumPy."""
+import dataclasses
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from lskd_jax.models.vit import PIXEL_MEAN, PIXEL_STD, Vit, VitConfig
+from tests.lskd_jax.tiny import filled, pure, put
+
+pytestmark = pytest.mark.usefixtures("one_device")
+
+# 22 px: the last 6 are less than a patch.
+CONFIG = VitConfig(image_size=22, patch=8, width=8, depth=2, heads=2, hidden=12)
+
+
+def vit(**changes):
+  config = dataclasses.replace(CONFIG, **changes)
+  return filled(lambda rngs: Vit(config, rngs))
+
+
+@pytest.fixture(scope="module")
+def see():
+  return jax.jit(lambda vit, image: vit(image))
+
+
+@pytest.fixture(scope="module")
+def image():
+  pixels = np.random.default_rng(0).integers(0, 256, (2, 22, 22, 3)).astype(np.uint8)
+  return put({"image": pixels})["image"]
+
+
+def layer_norm(x, p):
+  centred = x - x.mean(-1, keepdims=True)
+  return centred / np.sqrt((centred**2).mean(-1, keepdims=True) + CONFIG.eps) * p["scale"] + p["bias"]
+
+
+def gelu(x):
+  return x * (1 + np.vectorize(math.erf)(x / math.sqrt(2))) / 2
+
+
+def reference(params, image):
+  """uint8[22, 22, 3] -> float64[5, 8]: patches row by row, a class token before them."""
+  pixels = (image / 255 - np.array(PIXEL_MEAN)) / np.array(PIXEL_STD)
+  dense = lambda x, p: x @ p["kernel"] + p["bias"]
+  tokens = [params["class_token"]]
+  for row, column in np.ndindex(2, 2):
+    patch = pixels[8 * row:8 * row + 8, 8 * column:8 * column + 8]
+    tokens.append(dense(patch.reshape(-1), params["patchify"]))
+  x = np.stack(tokens) + params["positions"]
+  for i in range(CONFIG.depth):
+    block = jax.tree.map(lambda a: a[i], params["stack"]["blocks"])
+    normed = layer_norm(x, block["norm1"])
+    q, k, v = (np.einsum("td,dhk->htk", normed, block["qkv"]["kernel"][:, j])
+               + block["qkv"]["bias"][j][:, None] for j in range(3))
+    scores = q @ k.swapaxes(1, 2) / math.sqrt(CONFIG.width // CONFIG.heads)
+    weights = np.exp(scores) / np.exp(scores).sum(-1, keepdims=True)
+    x = x + np.einsum("htk,hkd->td", weights @ v, block["out"]["kernel"]) + block["out"]["bias"]
+    hidden = gelu(dense(layer_norm(x, block["norm2"]), block["mlp"]["up"]))
+    x = x + dense(hidden, block["mlp"]["down"])
+  return x
+
+
+def test_tokens_are_those_of_the_formulas(see, image):
+  model = vit()
+  expected = [reference(pure(model), picture) for picture in np.asarray(image)]
+  np.testing.assert_allclose(see(model, image), expected, atol=2e-5)
+
+
+def test_pixels_beyond_the_last_whole_patch_are_unused(see, image):
+  changed = np.array(image)
+  changed[:, 16:], changed[:, :, 16:] = 0, 0
+  np.testing.assert_array_equal(see(vit(), image), see(vit(), put({"image": changed})["image"]))
+
+
+def test_there_is_one_token_per_patch_and_a_class_token():
+  assert VitConfig().grid == 16  # 224 px in patches of 14
+  assert VitConfig(image_size=480).grid == 34  # 480 is no multiple of 14: 4 px are unused
+  assert jax.eval_shape(lambda v, i: v(i), vit(), jnp.zeros((1, 22, 22, 3), jnp.uint8)).shape == (
+      1, 1 + 2 * 2, 8)
+
+
+@pytest.mark.parametrize("changes", [dict(scan=False), dict(remat="full"), dict(remat="dots")])
+def test_scanning_and_recomputing_change_no_gradient(image, changes):
+  grad = jax.jit(jax.grad(lambda vit: (vit(image)**2).sum()))
+  for got, expected in zip(*map(jax.tree.leaves, (grad(vit(**changes)), grad(vit())))):
+    np.testing.assert_allclose(got, expected, rtol=1e-4, atol=1e-4 * np.abs(expected).max())
+
+
+def test_bfloat16_is_near_float32(see, image):
+  half = filled(lambda rngs: Vit(CONFIG, rngs, jnp.bfloat16))
+  assert half.class_token[...].dtype == jnp.float32  # parameters stay float32
+  near, exact = see(half, image), np.asarray(see(vit(), image))
+  assert near.dtype == jnp.bfloat16
+  assert np.abs(near.astype(np.float32) - exact).mean() < 0.02 * np.abs(exact).mean()
