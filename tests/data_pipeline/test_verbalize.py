@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from data_pipeline import verbalize
-from data_pipeline.records import DataError, ImageRecord, Region
+from data_pipeline.records import DataError, ImageRecord, Region, Verbalization
 from data_pipeline.sources import scenes
 
 CHEF = scenes.Figure("chef", "umbrella", "running", "teal", "tan", (4.0, 50.0, 32.0, 90.0), 3)
@@ -75,7 +75,8 @@ def _photograph(**changes):
     Region(6, (570, 300, 640, 480), "bird"),
     Region(9, (300, 0, 310, 10)),
   )
-  record = ImageRecord("a.jpg", 1, 640, 480, regions, extra={"captions": ["a man at sea"]})
+  given = Verbalization(captions=("a man at sea",))
+  record = ImageRecord("a.jpg", 1, 640, 480, regions, verbalization=given)
   return dataclasses.replace(record, **changes)
 
 

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from lskd_jax.models.vit import PIXEL_MEAN, PIXEL_STD, Vit, VitConfig
-from tests.lskd_jax.tiny import filled, pure, put
+from tests.lskd_jax.tiny import filled, gelu, pure, put
 
 pytestmark = pytest.mark.usefixtures("one_device")
 
@@ -21,9 +21,14 @@ def vit(**changes):
   return filled(lambda rngs: Vit(config, rngs))
 
 
-@pytest.fixture(scope="module")
-def see():
-  return jax.jit(lambda vit, image: vit(image))
+@jax.jit
+def see(vit, image):
+  return vit(image)
+
+
+@jax.jit
+def gradient(vit, image):
+  return jax.grad(lambda vit: (vit(image)**2).sum())(vit)
 
 
 @pytest.fixture(scope="module")
@@ -35,10 +40,6 @@ def image():
 def layer_norm(x, p):
   centred = x - x.mean(-1, keepdims=True)
   return centred / np.sqrt((centred**2).mean(-1, keepdims=True) + CONFIG.eps) * p["scale"] + p["bias"]
-
-
-def gelu(x):
-  return x * (1 + np.vectorize(math.erf)(x / math.sqrt(2))) / 2
 
 
 def reference(params, image):
@@ -63,13 +64,13 @@ def reference(params, image):
   return x
 
 
-def test_tokens_are_those_of_the_formulas(see, image):
+def test_tokens_are_those_of_the_formulas(image):
   model = vit()
   expected = [reference(pure(model), picture) for picture in np.asarray(image)]
   np.testing.assert_allclose(see(model, image), expected, atol=2e-5)
 
 
-def test_pixels_beyond_the_last_whole_patch_are_unused(see, image):
+def test_pixels_beyond_the_last_whole_patch_are_unused(image):
   changed = np.array(image)
   changed[:, 16:], changed[:, :, 16:] = 0, 0
   np.testing.assert_array_equal(see(vit(), image), see(vit(), put({"image": changed})["image"]))
@@ -84,12 +85,12 @@ def test_there_is_one_token_per_patch_and_a_class_token():
 
 @pytest.mark.parametrize("changes", [dict(scan=False), dict(remat="full"), dict(remat="dots")])
 def test_scanning_and_recomputing_change_no_gradient(image, changes):
-  grad = jax.jit(jax.grad(lambda vit: (vit(image)**2).sum()))
-  for got, expected in zip(*map(jax.tree.leaves, (grad(vit(**changes)), grad(vit())))):
+  pairs = zip(*(jax.tree.leaves(gradient(model, image)) for model in (vit(**changes), vit())))
+  for got, expected in pairs:
     np.testing.assert_allclose(got, expected, rtol=1e-4, atol=1e-4 * np.abs(expected).max())
 
 
-def test_bfloat16_is_near_float32(see, image):
+def test_bfloat16_is_near_float32(image):
   half = filled(lambda rngs: Vit(CONFIG, rngs, jnp.bfloat16))
   assert half.class_token[...].dtype == jnp.float32  # parameters stay float32
   near, exact = see(half, image), np.asarray(see(vit(), image))

@@ -3,6 +3,7 @@
 Fresh weights hide errors: zero gates, zero biases and unit scales drop out of every formula. So
 tests fill every parameter with seeded noise, and say so where they want a gate closed.
 """
+import math
 import zlib
 
 from flax import nnx
@@ -107,8 +108,11 @@ def batch(seed: int = 0, images: int = 4, statements: int = 2, tokens: int = 12)
       "tokens": ids, "fields": fields, "statement_valid": valid}
 
 
+def gelu(x):
+  """x (1 + erf(x / sqrt 2)) / 2 in float64."""
+  return x * (1 + np.vectorize(math.erf, otypes=[float])(x / math.sqrt(2))) / 2
+
+
 def put(rows: dict) -> dict:
   """A batch on the mesh in use."""
   return parallel.put_batch(rows, jax.sharding.get_mesh())
-
-
