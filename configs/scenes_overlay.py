@@ -22,5 +22,5 @@ def get_config():
   config.data.batch_size = 32
   config.data.statements = 1
   config.data.distractors = 0.5
-  config.optim.update(learning_rate=1.5e-3, steps=500)
+  config.optim.update(learning_rate=1.5e-3, steps=400)
   return config

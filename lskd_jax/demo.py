@@ -38,7 +38,7 @@ TASKS = (
     Task("captions", ("words",), 2, "Q-Former on captions: `pretrained` (stage 1)"),
     Task("unfiltered", ("captions",), 1, "arm `unfiltered`: all statements"),
     Task("heads_critic", ("captions",), 1, "critic with heads on the fused pass"),
-    Task("score", ("unfiltered", "heads_critic"), 2, "critic on the student's likelihoods, scores, cut"),
+    Task("score", ("unfiltered", "heads_critic"), 1, "critic on the student's likelihoods, scores, cut"),
     Task("publish", ("score",), 1, "TFDS dataset `lck`: build and publish"),
     Task("lskd", ("publish",), 1, "arm `lskd`: filtered, region tokens"),
     Task("none", ("publish",), 1, "arm `none`: filtered, regions hidden"),

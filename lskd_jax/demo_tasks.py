@@ -109,7 +109,7 @@ def run_config(work: Path, name: str, run: str):
   if size["quick"]:
     config.guard.below = 0.0  # so few steps never leave chance
   if config.eval.every:
-    config.eval.every = max(config.optim.steps // 6, round(config.eval.every * size["steps"]))
+    config.eval.every = max(config.optim.steps // 4, round(config.eval.every * size["steps"]))
   return config
 
 

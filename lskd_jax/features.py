@@ -46,7 +46,7 @@ def cached_features(vit, corpus: Corpus, folder, *, batch: int = 64, progress: b
     count = min(batch, len(corpus) - start)
     pixels = np.zeros((batch, size, size, 3), np.uint8)
     for i in range(count):
-      decoded = images.decode(corpus.image_bytes(start + i))
+      decoded = images.decode(corpus.image_bytes(start + i), name=corpus.record(start + i).image)
       pixels[i] = images.resize(decoded, size)
     seen = see(state, parallel.put_batch({"image": pixels}, mesh)["image"])
     rows[start:start + count] = np.asarray(seen)[:count]

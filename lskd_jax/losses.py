@@ -44,13 +44,21 @@ def word_likelihoods(logits: jax.Array, tokens: jax.Array) -> jax.Array:
   return jnp.pad(chosen, ((0, 0), (0, 0), (1, 0)))
 
 
-def lm_loss(logits: jax.Array, tokens: jax.Array, weights: jax.Array, smoothing: float) -> Weighted:
-  """Next-token cross-entropy with label smoothing, weighted per token of the text (ITG)."""
-  scores = jax.nn.log_softmax(logits[:, :, :-1].astype(jnp.float32))
-  chosen = jnp.take_along_axis(scores, tokens[:, :, 1:, None], -1)[..., 0]
-  loss = -(1 - smoothing) * chosen - smoothing * scores.mean(-1)
+def lm_loss(logits: jax.Array, tokens: jax.Array, weights: jax.Array,
+            smoothing: float) -> tuple[Weighted, jax.Array]:
+  """Next-token cross-entropy with label smoothing, weighted per token of the text (ITG).
+
+  Returns the loss, and bool[B, S, T - 1]: whether each token but the first is the likeliest one.
+  """
+  logits = logits[:, :, :-1].astype(jnp.float32)
+  chosen = jnp.take_along_axis(logits, tokens[:, :, 1:, None], -1)[..., 0]
+  total = jax.nn.logsumexp(logits, -1)
+  loss = total - chosen
+  if smoothing:
+    loss = (1 - smoothing) * loss + smoothing * (total - logits.mean(-1))
   weights = weights[:, :, 1:]
-  return Weighted((loss * weights).sum(), weights.sum())
+  right = chosen >= jax.lax.stop_gradient(logits).max(-1)
+  return Weighted((loss * weights).sum(), weights.sum()), right
 
 
 def similarity(image: jax.Array, text: jax.Array) -> jax.Array:
@@ -207,8 +215,7 @@ def student_loss(student: Student, batch: dict, weights: dict, key) -> tuple[dic
   if weights["lm"]:
     logits = student.predict_words(sight, cache, tokens, keys[1])
     per_word = word_weights(batch["fields"], weights["question"]) * valid[..., None]
-    losses["lm"] = lm_loss(logits, tokens, per_word, weights["smoothing"])
-    right = (jnp.argmax(logits[:, :, :-1], -1) == tokens[:, :, 1:]) & valid[..., None]
+    losses["lm"], right = lm_loss(logits, tokens, per_word, weights["smoothing"])
     asked = (batch["fields"][:, :, 1:] == ANSWER) & valid[..., None]
     metrics["answer_words_right"] = Weighted((right & asked).sum(), asked.sum())
   if weights["itc"] or weights["itm"]:

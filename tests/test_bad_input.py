@@ -19,7 +19,7 @@ from data_pipeline.examples import LoaderOptions
 from data_pipeline.loader import Loader
 from data_pipeline.records import DataError, ImageRecord, Region, Statement
 from lskd_jax import cli
-from tests.lskd_jax.tiny import TEXTS, make_model
+from tests.lskd_jax.tiny_models import TEXTS, make_model
 
 ROOT = Path(__file__).resolve().parents[1]
 

@@ -1,5 +1,5 @@
 """What the verbs share: how they are declared, and the kinds of values they take."""
-from argparse import ArgumentParser, ArgumentTypeError
+from argparse import ArgumentParser, ArgumentTypeError, RawDescriptionHelpFormatter
 from collections.abc import Callable
 
 
@@ -7,7 +7,8 @@ def add_verb(verbs, name: str, run: Callable, summary: str, example: str) -> Arg
   """Declares a verb: `run(args)` is called for it. The example is a line of a shell."""
   parser = verbs.add_parser(
       name, help=summary, description=summary[0].upper() + summary[1:] + ".",
-      epilog=f"example: {example}", allow_abbrev=False)
+      epilog=f"example: {example}", allow_abbrev=False,
+      formatter_class=RawDescriptionHelpFormatter)  # the example stays one line, to copy
   parser.set_defaults(run=run, parser=parser)
   return parser
 

@@ -1,5 +1,4 @@
 """`lskd corpus …`: from pictures to a published dataset, one resumable stage after another."""
-import dataclasses
 import math
 from pathlib import Path
 
@@ -123,19 +122,14 @@ def verbalize(args) -> None:
 def verbalize_photographs(annotations: Path, images: Path, out: Path, captions: Path | None,
                           split: str) -> dict:
   """Reads a COCO file and describes its pictures from their boxes, as one stage. Its summary."""
-  from data_pipeline.records import ImageRecord
+  from data_pipeline import verbalize
+  from data_pipeline.records import DataError
   from data_pipeline.sources import coco
-  from data_pipeline.verbalize import verbalize_annotations
   rows = coco.load_coco(annotations, captions)
 
-  def described(found):
-    if not isinstance(found, ImageRecord):
-      return found  # a box that was left out
-    words = verbalize_annotations(found, found.verbalization.captions)
-    return dataclasses.replace(found, verbalization=words)
-
   def work(row: dict) -> list:
-    return [described(r) for r in coco.coco_records(row, images, split, annotations.name)]
+    found = coco.coco_records(row, images, split, annotations.name)
+    return [r if isinstance(r, DataError) else verbalize.verbalize(r) for r in found]
 
   shards = stages.split_evenly(rows, -(-len(rows) // 500))
   summary = stages.run_stage("verbalize", shards, work, out, {"source": "coco", "split": split})

@@ -2,6 +2,7 @@
 import json
 from pathlib import Path
 
+from lskd_jax.commands import folders
 from lskd_jax.commands.arguments import add_verb, box, count, seed
 
 
@@ -63,6 +64,9 @@ def train(args) -> None:
   """Trains or resumes what a config file describes."""
   from lskd_jax.config_files import load_config
   config = load_config(args.config, args.overrides)  # before anything slow
+  corpus = Path(config.data.corpus)
+  if (corpus / "stage.json").exists() and not config.data.image_root:
+    config.data.image_root = str(folders.image_root(corpus, needed=False) or "")
   from lskd_jax import parallel
   from lskd_jax.train import train as run
   parallel.initialize(args.coordinator, args.processes, args.process_id)

@@ -15,9 +15,8 @@ from data_pipeline import choices, stages
 from data_pipeline.corpus import open_corpus
 from data_pipeline.sources import scenes
 from lskd_jax import cli
-from tests.lskd_jax.tiny import OVERRIDES, make_model
-
-pytestmark = pytest.mark.usefixtures("compile_quickly")
+from lskd_jax.train import Run
+from tests.lskd_jax.tiny_models import OVERRIDES, make_model
 
 ROOT = Path(__file__).resolve().parents[2]
 VERBS = ["demo", "train", "eval", "score", *(f"corpus {stage}" for stage in (
@@ -262,6 +261,22 @@ def test_pointing_prints_one_line_of_json_for_each_text(road, capsys):
   lines = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
   assert [set(line) for line in lines] == [{"text", "itm", "itc", "lm"}] * 2
   assert lines[1]["text"] == "a sunny beach"
+
+
+def test_training_finds_the_pictures_of_a_stage_folder(road, monkeypatch, tmp_path):
+  configs = []
+
+  def train(config, workdir):
+    configs.append(config)
+    return Run(tmp_path / "model", 1, False)
+
+  monkeypatch.setattr("lskd_jax.train.train", train)
+  words = ["train", "--config", "configs/scenes_student.py", "--workdir", tmp_path,
+           f"--config.data.corpus={road / 'taught'}"]
+  lskd(*words)
+  lskd(*words, "--config.data.image_root=elsewhere")
+  assert [config.data.image_root for config in configs] == [
+    str(road / "words" / "images"), "elsewhere"]
 
 
 # --- photographs ---------------------------------------------------------------------------------

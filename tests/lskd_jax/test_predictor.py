@@ -11,9 +11,7 @@ import lskd_jax
 from lskd_jax import predictor
 from lskd_jax.models.vit import Vit
 from lskd_jax.trees import CheckpointError
-from tests.lskd_jax.tiny import make_model
-
-pytestmark = pytest.mark.usefixtures("compile_quickly")
+from tests.lskd_jax.tiny_models import make_model
 
 WHO = "question: who is [0]? answer: a chef rationale: [0] wears a tall white hat"
 OTHER = WHO.replace("[0]", "[1]")

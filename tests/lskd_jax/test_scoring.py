@@ -12,9 +12,7 @@ from data_pipeline.corpus import corpus_of, read_image_file
 from data_pipeline.records import DataError, ImageRecord, Region, Statement
 from lskd_jax import evidence, parallel, predictor, scoring
 from lskd_jax.models import build
-from tests.lskd_jax.tiny import make_model
-
-pytestmark = pytest.mark.usefixtures("compile_quickly")
+from tests.lskd_jax.tiny_models import make_model
 
 
 @pytest.fixture(scope="module")
