@@ -1,11 +1,11 @@
 """The stages of a corpus as plain functions: a source folder in, a stage folder out, resumable.
 
-  verbalize_scenes   nothing  -> pictures and their words
-  teach_corpus       words    -> statements
-  score_corpus       statements and a scorer -> scores
+  verbalize_scenes        nothing  -> pictures and their words
+  verbalize_photographs   photographs and boxes -> words
+  teach_corpus            words    -> statements
+  score_corpus            statements and a scorer -> scores
 
-All return `run_stage`'s summary. Sources of photographs have stages of their own
-(`sources.coco.import_coco`); filtering is `filter.filter_corpus`.
+All return `run_stage`'s summary. Filtering is `filter.filter_corpus`.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from pathlib import Path
 
 from data_pipeline import stages, teach, verbalize
 from data_pipeline.records import DataError, ImageRecord
-from data_pipeline.sources import scenes
+from data_pipeline.sources import coco, scenes
 
 
 def verbalize_scenes(
@@ -54,10 +54,31 @@ def verbalize_scenes(
     "figures": [min_figures, max_figures],
     "split": split,
     "excluded": len(exclude),
-    "images": str(images.absolute()),
   }
   shards = stages.split_evenly(list(range(count)), -(-count // scenes_per_shard))
   return stages.run_stage("verbalize", shards, work, out, options, progress)
+
+
+def verbalize_photographs(
+  annotations: Path | str,
+  images: Path | str,
+  out: Path | str,
+  captions: Path | str | None = None,
+  split: str = "train",
+  progress: bool = True,
+) -> dict:
+  """Reads a COCO file and describes its pictures from their boxes; the summary counts `crowds`."""
+  rows = coco.load_coco(annotations, captions)
+
+  def work(row: dict) -> list:
+    found = coco.coco_records(row, images, split, Path(annotations).name)
+    return [r if isinstance(r, DataError) else verbalize.verbalize(r) for r in found]
+
+  shards = stages.split_evenly(rows, -(-len(rows) // 500))
+  options = {"source": "coco", "split": split}
+  summary = stages.run_stage("verbalize", shards, work, out, options, progress)
+  crowds = sum(annotation["crowd"] for row in rows for annotation in row["annotations"])
+  return {**summary, "crowds": crowds}
 
 
 def teach_corpus(

@@ -17,7 +17,6 @@ import subprocess
 import sys
 import time
 
-
 from data_pipeline.records import DataError
 from data_pipeline.stages import write_json
 from lskd_jax import demo_report

@@ -16,8 +16,16 @@ import sys
 import jax
 import numpy as np
 
-from data_pipeline import (choices, corpus_stages, filter as filtering, images, judge, regions,
-                           stages, tokenizer as tokenizers)
+from data_pipeline import (
+  choices,
+  corpus_stages,
+  filter as filtering,
+  images,
+  judge,
+  regions,
+  stages,
+  tokenizer as tokenizers,
+)
 from data_pipeline.corpus import Corpus, open_corpus
 from data_pipeline.lck import build_lck, publish_lck
 from data_pipeline.sources import scenes
@@ -27,7 +35,6 @@ from lskd_jax.evaluate.candidates import Scorer
 from lskd_jax.judged import judged_corpus
 from lskd_jax.models import build
 from lskd_jax.scoring import critic_scores, statement_likelihoods
-
 from lskd_jax.train import corpus_texts, train
 
 HELD_OUT = {"dev": 1, "test": 2}   # seeds of the held-out pictures, beside the training pictures' 0

@@ -3,6 +3,7 @@
 Region tokens are painted on the ViT's OUTPUT, so students that differ in regions, texts or losses
 share one cache; only drawn overlays and augmented pixels need the ViT at every step.
 """
+import fcntl
 import hashlib
 import json
 from pathlib import Path
@@ -14,6 +15,7 @@ from tqdm import tqdm
 
 from data_pipeline import images
 from data_pipeline.corpus import Corpus
+from data_pipeline.records import DataError
 from data_pipeline.stages import write_json
 from lskd_jax import parallel
 
@@ -26,20 +28,35 @@ def cached_features(vit, corpus: Corpus, folder, *, batch: int = 64, progress: b
 
   Returns:
     float32[len(corpus), 1 + grid^2, C], memory-mapped.
+
+  Raises:
+    DataError: a picture is missing or damaged, or several processes share the run.
   """
+  if jax.process_count() > 1:
+    raise DataError("data.cache_features=True works in a run of one process; set it to False")
   folder = Path(folder)
   about = {"vit": digest(nnx.split(vit)[1]), "images": corpus_digest(corpus)}
   path, note = folder / "features.npy", folder / "features.json"
-  if note.exists() and json.loads(note.read_text()) == about:
-    return np.load(path, mmap_mode="r")
-  folder.mkdir(parents=True, exist_ok=True)
-  note.unlink(missing_ok=True)
+  stored = lambda: note.exists() and json.loads(note.read_text()) == about
+  if not stored():
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / "lock").open("w") as lock:
+      fcntl.flock(lock, fcntl.LOCK_EX)  # of runs that share the folder, one computes, others wait
+      if not stored():
+        note.unlink(missing_ok=True)
+        _compute(vit, corpus, path, batch, progress)
+        write_json(note, about)
+  return np.load(path, mmap_mode="r")
+
+
+def _compute(vit, corpus: Corpus, path: Path, batch: int, progress: bool) -> None:
+  """Writes the features of every image to `path`."""
   size = vit.config.image_size
   graph, state = nnx.split(vit)
   see = jax.jit(lambda state, image: nnx.merge(graph, state)(image))
   mesh = jax.sharding.get_mesh()
   shape = (len(corpus), 1 + vit.config.grid**2, vit.config.width)
-  partial = folder / "features.partial.npy"
+  partial = path.with_suffix(".partial")
   rows = np.lib.format.open_memmap(partial, "w+", np.float32, shape)
   steps = range(0, len(corpus), batch)
   for start in tqdm(steps, "image features", disable=not progress, unit="batch", leave=False):
@@ -52,14 +69,13 @@ def cached_features(vit, corpus: Corpus, folder, *, batch: int = 64, progress: b
     rows[start:start + count] = np.asarray(seen)[:count]
   rows.flush()
   partial.rename(path)
-  write_json(note, about)
-  return np.load(path, mmap_mode="r")
 
 
 def digest(tree) -> str:
-  """sha256 over the values of a pytree of arrays, in order."""
+  """sha256 over the shapes and values of a pytree of arrays, in order."""
   total = hashlib.sha256()
   for leaf in jax.tree.leaves(tree):
+    total.update(f"{leaf.shape} {leaf.dtype}\n".encode())
     total.update(np.ascontiguousarray(jax.device_get(leaf)).tobytes())
   return total.hexdigest()
 

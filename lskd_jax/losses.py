@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from jax.sharding import reshard
 
 from lskd_jax.models import layers
-from lskd_jax.models.student import PAD, Sight, Student
+from lskd_jax.models.student import Sight, Student
 from lskd_jax.parallel import ACT_B, REPLICATED
 
 QUESTION, ANSWER, RATIONALE, CAPTION = 1, 2, 3, 4  # values of the batch's `fields`

@@ -24,7 +24,7 @@ from data_pipeline.loader import Loader
 from data_pipeline.records import DataError
 from data_pipeline.stages import write_json
 from lskd_jax import checkpoint, features, losses, metrics, optim, parallel, step
-from lskd_jax.judged import judgement_columns, judged_corpus
+from lskd_jax.judged import judged_corpus, judgement_columns
 from lskd_jax.models import build
 from lskd_jax.models.student import student_config
 
@@ -65,7 +65,6 @@ def train(config, workdir, *, evaluate: Callable | None = None, progress: bool =
 
 def _train(config, workdir: Path, mesh, evaluate, progress: bool) -> Run:
   # --- data ---
-  asked = config.copy_and_resolve_references()
   corpus = open_corpus(config.data.corpus, config.data.image_root or None,
                        config.data.min_score, config.data.split or None)
   if config.task == "critic":
@@ -75,10 +74,9 @@ def _train(config, workdir: Path, mesh, evaluate, progress: bool) -> Run:
   tokenizer = tokenizers.load_tokenizer(tokenizer_dir)
 
   # --- model ---
-  with config.unlocked():
-    config.model.qformer.vocabulary = tokenizer.get_vocab_size()
-    config.model.region_mode = config.data.region_mode
-  model_config = student_config(config.model.to_dict())
+  sizes = config.model.to_dict()
+  sizes["qformer"]["vocabulary"] = tokenizer.get_vocab_size()
+  model_config = student_config({**sizes, "region_mode": config.data.region_mode})
   make = build.maker(config.task, model_config, tokenizer)
   graph, state = build.initialize(make, config.seed)
   if config.init.model:
@@ -88,8 +86,14 @@ def _train(config, workdir: Path, mesh, evaluate, progress: bool) -> Run:
     state = build.copy_parts(state, source, tuple(config.init.parts))
   frozen_parts = tuple(config.train.frozen)
   graph, params, frozen = step.split(nnx.merge(graph, state), frozen_parts)
+  names = {name for path, _ in nnx.to_flat_state(frozen) for name in path}
+  unknown = [part for part in frozen_parts if part not in names]
+  if unknown:
+    raise DataError(f"train.frozen: the model has no part {unknown[0]!r}; its parts are "
+                    f"{', '.join(sorted(params.keys()))}")
 
   # --- what the loader gives and what the step takes ---
+  options = loader_options(config)
   cached = None
   if config.data.cache_features:
     if "vit" not in frozen_parts:
@@ -99,9 +103,9 @@ def _train(config, workdir: Path, mesh, evaluate, progress: bool) -> Run:
     vit = vit.student.vit if config.task == "critic" else vit.vit
     cached = features.cached_features(vit, corpus, config.data.features or workdir / "features",
                                       progress=progress)
-  loader = Loader(corpus, tokenizer, loader_options(config, cached is not None), config.seed)
+  loader = Loader(corpus, tokenizer, options, config.seed)
   columns = judgement_columns(corpus, judgements) if config.task == "critic" else None
-  claim(asked, workdir, write=True)
+  claim(config, workdir, write=True)
 
   def batches(start: int, end: int):
     for batch in loader.batches(start, end - start, jax.process_index(), jax.process_count()):
@@ -214,14 +218,14 @@ def make_objective(config) -> Callable:
   return lambda model, batch, key: losses.student_loss(model, batch, weights, key)
 
 
-def loader_options(config, cached: bool) -> LoaderOptions:
+def loader_options(config) -> LoaderOptions:
   """The loader's options: the config's `data` group where the names agree."""
   data = config.data
   names = ("batch_size", "statements", "text_tokens", "region_mode", "shuffle_slots", "distractors",
            "rationale_dropout", "augment")
   return LoaderOptions(**{name: data[name] for name in names}, texts=data.texts.to_dict(),
                        max_regions=config.model.max_regions,
-                       image_size=config.model.vit.image_size, images=not cached)
+                       image_size=config.model.vit.image_size, images=not data.cache_features)
 
 
 def find_tokenizer(config, workdir: Path, corpus: Corpus) -> Path:

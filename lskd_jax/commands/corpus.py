@@ -101,8 +101,8 @@ def _folders(parser) -> None:
 
 def verbalize(args) -> None:
   """Draws scenes, or reads photographs with boxes, and describes them."""
+  from data_pipeline import corpus_stages
   if args.source == "scenes":
-    from data_pipeline import corpus_stages
     summary = corpus_stages.verbalize_scenes(args.out, args.count, args.seed, args.error_rate,
                                              split=args.split)
     root = args.out / "images"
@@ -111,30 +111,13 @@ def verbalize(args) -> None:
       if getattr(args, name) is None:
         args.parser.error(f"--source coco needs --{name}")
     root = args.images
-    summary = verbalize_photographs(args.annotations, root, args.out, args.captions, args.split)
+    summary = corpus_stages.verbalize_photographs(args.annotations, root, args.out, args.captions,
+                                                  args.split)
   stages.open_shards(args.out)  # says so if there is nothing
   folders.note_images(args.out, root)
   folders.say_what_came(summary, args.out, f"lskd corpus teach --corpus {args.out} --out DIR")
   if summary.get("crowds"):
     print(f"  passed over: {summary['crowds']} boxes of crowds, which show no single thing")
-
-
-def verbalize_photographs(annotations: Path, images: Path, out: Path, captions: Path | None,
-                          split: str) -> dict:
-  """Reads a COCO file and describes its pictures from their boxes, as one stage. Its summary."""
-  from data_pipeline import verbalize
-  from data_pipeline.records import DataError
-  from data_pipeline.sources import coco
-  rows = coco.load_coco(annotations, captions)
-
-  def work(row: dict) -> list:
-    found = coco.coco_records(row, images, split, annotations.name)
-    return [r if isinstance(r, DataError) else verbalize.verbalize(r) for r in found]
-
-  shards = stages.split_evenly(rows, -(-len(rows) // 500))
-  summary = stages.run_stage("verbalize", shards, work, out, {"source": "coco", "split": split})
-  crowds = sum(annotation["crowd"] for row in rows for annotation in row["annotations"])
-  return {**summary, "crowds": crowds}
 
 
 def teach(args) -> None:

@@ -93,6 +93,10 @@ def copy_parts(state: nnx.State, source: dict, parts: tuple[str, ...]) -> nnx.St
   ours = {tuple(map(str, path)): leaf for path, leaf in nnx.to_flat_state(state.filter(nnx.Param))}
   theirs = dict(_flatten(source))
   names = parts or sorted({path[0] for path in ours} & {path[0] for path in theirs})
+  if not names:
+    raise checkpoint.CheckpointError(
+        f"init.model has no part of this model: it has {', '.join(sorted(source))}; wanted are "
+        f"{', '.join(sorted({path[0] for path in ours}))}")
   for name in names:
     wanted = {path: leaf for path, leaf in ours.items() if path[0] == name}
     given = {path: value for path, value in theirs.items() if path[0] == name}

@@ -8,8 +8,8 @@
      matching boxes or pixels instead of reading
 
 Z_p, Z_q, Z_id and gamma start at zero, so a pretrained student computes bit for bit the same until
-region parameters are trained. Passes that see the image stay the same whenever it has no region. Boxes are xyxy in [0, 1] of the
-model-input frame. Region arithmetic is float32.
+region parameters are trained. Passes that see the image stay the same whenever it has no region.
+Boxes are xyxy in [0, 1] of the model-input frame. Region arithmetic is float32.
 """
 import math
 

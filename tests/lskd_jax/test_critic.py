@@ -1,4 +1,5 @@
 """The critic: three heads on the fused pass, each learning from its own judgements."""
+from flax import nnx
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -29,12 +30,15 @@ def judged():
 
 @jax.jit
 def jitted_losses(critic, batch):
-  """Losses, the gradient of each head's size, and what the heads said."""
-  def total(critic, name):
-    return critic_loss(critic, batch, None)[0][name].mean()
-  heads = {name: jax.grad(total)(critic, name) for name in ("answer", "rationale")}
-  moved = {(loss, head): jnp.abs(getattr(grads, head).out.kernel[...]).max()
-           for loss, grads in heads.items() for head in ("answer", "rationale")}
+  """Losses, how large the gradient of each head is under each, and what the heads said."""
+  graph, heads, rest = tiny.parts(critic, "answer", "rationale")
+
+  def total(heads, name):
+    return critic_loss(nnx.merge(graph, heads, rest), batch, None)[0][name].mean()
+  moved = {}
+  for name in ("answer", "rationale"):
+    grads = jax.grad(total)(heads, name)
+    moved |= {(name, head): jnp.abs(grads[head]["out"]["kernel"][...]).max() for head in grads}
   losses, metrics = critic_loss(critic, batch, None)
   means = {name: value.mean() for name, value in (losses | metrics).items()}
   return means, moved, critic(batch)

@@ -1,0 +1,146 @@
+"""Model directories: what is written comes back, and what does not fit is named."""
+import json
+
+from flax import nnx
+import jax
+import numpy as np
+import pytest
+
+from data_pipeline import tokenizer as tokenizers
+from lskd_jax import checkpoint
+from lskd_jax.models import build
+from lskd_jax.models.student import student_config
+from lskd_jax.trees import CheckpointError, named_leaves
+from tests.lskd_jax import tiny
+from tests.lskd_jax.tiny_models import MODEL, TEXTS, make_model
+
+pytestmark = pytest.mark.usefixtures("one_device")
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+  """A student, a critic and a tagger with the same sizes."""
+  folder = tmp_path_factory.mktemp("models")
+  for kind in build.KINDS:
+    make_model(folder / kind, kind)
+  return folder
+
+
+def arrays(state):
+  return {name: np.asarray(leaf) for name, leaf in named_leaves(state).items()}
+
+
+def pure(state):
+  """What `checkpoint.load_model` would return for a state: nested dicts of arrays."""
+  return nnx.to_pure_dict(jax.tree.map(np.asarray, state.filter(nnx.Param)))
+
+
+@pytest.mark.parametrize("kind", build.KINDS)
+def test_a_model_directory_comes_back_bit_for_bit(folder, kind, tmp_path):
+  model = build.load(folder / kind)
+  assert model.kind == kind and model.config == student_config(
+    {**MODEL, "qformer": {**MODEL["qformer"], "vocabulary": model.tokenizer.get_vocab_size()}})
+  build.save(tmp_path / "again", kind, model.config, model.state, folder / "tokenizer")
+  again = build.load(tmp_path / "again")
+  first, second = arrays(model.state), arrays(again.state)
+  assert list(first) == list(second) and len(first) > 10
+  for name in first:
+    np.testing.assert_array_equal(first[name], second[name], err_msg=name)
+  module = nnx.merge(again.graph, again.state)
+  tables = tokenizers.mention_tables(model.tokenizer, model.config.max_regions)
+  student = module.student if kind == "critic" else module
+  np.testing.assert_array_equal(student.opens_bracket[...], tables[0])
+  np.testing.assert_array_equal(student.digit[...], tables[1])
+
+
+def test_constants_are_not_stored_but_made_from_the_tokenizer(folder):
+  _, stored = checkpoint.load_model(folder / "student")
+  assert not {"opens_bracket", "digit"} & set(stored)
+
+
+def test_initialize_is_a_function_of_the_seed(tmp_path):
+  tokenizer = tokenizers.train_tokenizer(TEXTS, tmp_path, 400, 1)
+  config = student_config({**MODEL, "qformer": {**MODEL["qformer"], "vocabulary": 400}})
+  make = build.maker("tagger", config, tokenizer)
+  first, same, other = (arrays(build.initialize(make, seed)[1]) for seed in (0, 0, 1))
+  for name in first:
+    np.testing.assert_array_equal(first[name], same[name])
+  assert any(not np.array_equal(first[name], other[name]) for name in first)
+
+
+def test_an_unknown_kind_is_refused(folder, tmp_path):
+  model = build.load(folder / "tagger")
+  with pytest.raises(ValueError, match="task 'teacher' is unknown: choose tagger, student, critic"):
+    build.maker("teacher", model.config, model.tokenizer)
+
+
+@pytest.mark.parametrize("change", [{"format": 2}, {"kind": "teacher"}, {"kind": None}])
+def test_a_directory_of_another_version_is_refused(folder, tmp_path, change):
+  about = checkpoint.load_config(folder / "student") | change
+  (tmp_path / "config.json").write_text(json.dumps(about))
+  with pytest.raises(CheckpointError, match="this version reads format 1 of tagger, student, critic"):
+    build.load(tmp_path)
+
+
+# --- parts of another model ----------------------------------------------------------------------
+
+
+def state_of(seed, config=tiny.STUDENT):
+  return nnx.split(tiny.student(config, seed))[1]
+
+
+def test_named_parts_are_copied_and_nothing_else():
+  ours, theirs = arrays(state_of(0)), arrays(state_of(1))
+  copied = arrays(build.copy_parts(state_of(0), pure(state_of(1)), ("vit", "log_temperature")))
+  for name in ours:
+    wanted = theirs if name.split("/")[0] in ("vit", "log_temperature") else ours
+    np.testing.assert_array_equal(copied[name], wanted[name], err_msg=name)
+  assert any(not np.array_equal(ours[name], theirs[name]) for name in ours if "vit/" in name)
+
+
+def test_no_name_copies_all_that_both_have():
+  source = pure(state_of(1))
+  del source["qformer"]
+  source["words"] = {"kernel": np.ones(3)}  # a tagger's
+  theirs, ours = arrays(state_of(1)), arrays(state_of(0))
+  copied = arrays(build.copy_parts(state_of(0), source, ()))
+  for name in ours:
+    wanted = ours if name.split("/")[0] == "qformer" else theirs
+    np.testing.assert_array_equal(copied[name], wanted[name], err_msg=name)
+
+
+def test_copied_parts_stay_where_the_model_is():
+  state = build.copy_parts(state_of(0), pure(state_of(1)), ("vit",))
+  mesh = jax.sharding.get_mesh()
+  assert all(leaf.sharding.mesh == mesh for leaf in jax.tree.leaves(state["vit"]))
+
+
+@pytest.mark.parametrize("parts", [("vitt",), ("vit", "vitt"), ("opens_bracket",)])
+def test_a_part_that_is_not_there_is_named(parts):
+  with pytest.raises(CheckpointError, match=f"no part '{parts[-1]}' to copy; the source has itm_head, "
+                     "language_head, ln_vision, log_temperature"):
+    build.copy_parts(state_of(0), pure(state_of(1)), parts)
+
+
+def test_a_source_without_any_part_is_no_silent_start_from_nothing():
+  with pytest.raises(CheckpointError, match="init.model has no part of this model: it has student; "
+                     "wanted are itm_head, "):
+    build.copy_parts(state_of(0), {"student": pure(state_of(1))}, ())
+
+
+def test_another_size_names_the_leaf():
+  source = pure(state_of(1))
+  source["vit"]["patch"]["kernel"] = np.zeros((1, 2, 3))
+  with pytest.raises(CheckpointError, match=r"does not fit: vit/patch/kernel is missing or of another "
+                     r"shape \(1 such\); use the model sizes of that directory's config.json"):
+    build.copy_parts(state_of(0), source, ("vit",))
+  del source["vit"]["patch"]["kernel"]
+  with pytest.raises(CheckpointError, match="does not fit: vit/patch/kernel is missing"):
+    build.copy_parts(state_of(0), source, ())
+
+
+def test_a_leaf_too_many_is_named():
+  source = pure(state_of(1))
+  source["vit"]["register"] = np.zeros(3)
+  with pytest.raises(CheckpointError, match="does not fit: vit/register is missing"):
+    build.copy_parts(state_of(0), source, ("vit",))
