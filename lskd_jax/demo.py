@@ -31,22 +31,32 @@ class Task:
   label: str
 
 
+def evaluation(arm: str, trained_by: str = "") -> Task:
+  """The task that evaluates an arm once it is trained."""
+  return Task(f"evaluate-{arm}", (trained_by or arm,), 1, f"evaluate `{arm}`")
+
+
 TASKS = (
     Task("pictures", (), 1, "draw, verbalize, teach, judge"),
     Task("words", ("pictures",), 2, "ViT on captions as bags of words (stage 0)"),
-    Task("captions", ("words",), 2, "Q-Former on captions: `pretrained` (stage 1)"),
+    Task("captions", ("words",), 2, "arm `pretrained`: Q-Former on captions (stage 1)"),
     Task("unfiltered", ("captions",), 1, "arm `unfiltered`: all statements"),
     Task("heads_critic", ("captions",), 1, "critic with heads on the fused pass"),
-    Task("score", ("unfiltered", "heads_critic"), 1, "critic on the student's likelihoods, scores, cut"),
+    Task("score", ("unfiltered", "heads_critic"), 1, "critic on the student's likelihoods; the cut"),
     Task("publish", ("score",), 1, "TFDS dataset `lck`: build and publish"),
     Task("lskd", ("publish",), 1, "arm `lskd`: filtered, region tokens"),
     Task("none", ("publish",), 1, "arm `none`: filtered, regions hidden"),
+    evaluation("pretrained", "captions"), evaluation("unfiltered"), evaluation("lskd"),
+    evaluation("none"),
 )
 FULL = (
     Task("true", ("pictures",), 1, "true statements only"),
     Task("ceiling", ("true", "captions"), 1, "arm `ceiling`: true statements only"),
     Task("overlay", ("publish",), 1, "arm `overlay`: filtered, boxes drawn"),
+    evaluation("ceiling"), evaluation("overlay"),
 )
+# What others wait for starts first; evaluations fill the gaps.
+URGENT = ("pictures", "words", "captions", "unfiltered", "heads_critic", "score", "publish", "overlay")
 
 SIZES = dict(train=4500, dev=60, test=300, per_image=8, error_rate=0.25, judged=0.05, misjudged=0.05,
              steps=1.0, beta=0.5)
@@ -122,11 +132,11 @@ def run_seed(work: Path, size: dict) -> None:
 
 
 def in_order(tasks, done: set, running: dict) -> list[Task]:
-  """Tasks that can start now, the ones most others wait for first."""
+  """Tasks that can start now, the most urgent first."""
   ready = [t for t in tasks
            if t.name not in done and t.name not in running and done.issuperset(t.needs)]
-  longest = {"overlay": 0, "unfiltered": 0, "publish": 0}  # these keep the last arms waiting
-  return sorted(ready, key=lambda task: longest.get(task.name, 1))
+  rank = lambda task: (task.name not in URGENT, task.name.startswith("evaluate"))
+  return sorted(ready, key=rank)
 
 
 def claim(work: Path, size: dict) -> None:

@@ -126,12 +126,11 @@ def words(work: Path) -> None:
 
 
 def captions(work: Path) -> None:
-  """Stage 1: the pretrained student; and the features every arm shares."""
+  """Stage 1: the arm `pretrained`; and the features every arm shares."""
   config = run_config(work, "scenes_captions", "captions")
   config.init.model = str(work / "runs" / "words" / "model")
   config.data.features = str(work / "features")
   train(config, work / "runs" / "captions")
-  evaluate_arm(work, "pretrained", work / "runs" / "captions" / "model")
 
 
 def heads_critic(work: Path) -> None:
@@ -147,6 +146,7 @@ def heads_critic(work: Path) -> None:
   stages.write_json(work / "heads-held-out.json", scores)
 
 
+EVALUATE = "evaluate-"  # of a task's name; the arm's follows
 ARMS = {  # name: (corpus, region mode)
     "unfiltered": ("taught", "tokens"),
     "lskd": ("lck", "tokens"),
@@ -157,7 +157,7 @@ ARMS = {  # name: (corpus, region mode)
 
 
 def arm(work: Path, name: str) -> None:
-  """Trains one arm and evaluates it on the held-out pictures."""
+  """Trains one arm."""
   corpus, region_mode = ARMS[name]
   config_name = "scenes_overlay" if region_mode == "overlay" else "scenes_student"
   config = run_config(work, config_name, name)
@@ -172,8 +172,7 @@ def arm(work: Path, name: str) -> None:
     config.data.image_root = ""
   else:
     config.data.corpus = str(work / corpus)
-  run = train(config, work / "runs" / name, evaluate=dev_evaluation(work))
-  evaluate_arm(work, name, run.model)
+  train(config, work / "runs" / name, evaluate=dev_evaluation(work))
 
 
 def dev_evaluation(work: Path) -> Callable:
@@ -228,17 +227,16 @@ def draw_boxes(image: np.ndarray, boxes: np.ndarray) -> np.ndarray:
   return np.asarray(regions.draw_overlay(Image.fromarray(image), boxes * image.shape[0]))
 
 
-def evaluate_arm(work: Path, name: str, model_dir: Path) -> None:
-  """Writes results/NAME.json: every column by every head."""
-  path = work / "results" / f"{name}.json"
-  if path.exists():
-    return
+def evaluate_arm(work: Path, name: str) -> None:
+  """Writes results/NAME.json: every column by every head on the held-out test pictures."""
+  run = work / "runs" / ("captions" if name == "pretrained" else name)
+
   def evaluate():
-    model = build.load(model_dir)
+    model = build.load(run / "model")
     return score_held_out(work, model.graph, model.state, *held_out(work, "test"), heads=240)
-  finished = json.loads((model_dir.parent / "finished.json").read_text())
-  path.parent.mkdir(exist_ok=True)
-  stages.write_json(path, {"columns": on_mesh(evaluate), **finished})
+  finished = json.loads((run / "finished.json").read_text())
+  (work / "results").mkdir(exist_ok=True)
+  stages.write_json(work / "results" / f"{name}.json", {"columns": on_mesh(evaluate), **finished})
 
 
 def on_mesh(call: Callable):
@@ -304,6 +302,8 @@ def main(argv=None) -> None:
   work = Path(folder)
   if name in ARMS:
     arm(work, name)
+  elif name.startswith(EVALUATE):
+    evaluate_arm(work, name.removeprefix(EVALUATE))
   else:
     {"pictures": pictures, "true": true_statements, "words": words, "captions": captions,
      "heads_critic": heads_critic, "score": score, "publish": publish}[name](work)

@@ -295,11 +295,19 @@ def say(model: Model, speak: Callable, records: Sequence[ImageRecord],
   for start in range(0, len(rows), BATCH):
     part = rows[start:start + BATCH]
     arrays = {name: np.stack([row.arrays[name] for row in part]) for name in part[0].arrays}
-    values = speak(next(in_batches(arrays, BATCH)))  # filled up: one shape, compiled once
+    arrays = _trimmed(arrays)
+    values = speak(next(in_batches(arrays, BATCH)))  # filled up: few shapes, each compiled once
     for row, said in zip(part, values):
       for position, value in zip(row.statements, said):
         answers[row.record][position] = value
   return answers
+
+
+def _trimmed(arrays: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+  """The rows without the columns that are padding in all texts, down to a multiple of 16 tokens."""
+  longest = np.flatnonzero(arrays["fields"].any((0, 1))).max() + 2  # and [SEP]
+  size = min(-(-int(longest) // 16) * 16, arrays["fields"].shape[-1])
+  return {**arrays, **{name: arrays[name][..., :size] for name in ("tokens", "fields")}}
 
 
 def _rows(record: ImageRecord, at: int, statements: Sequence[Statement], features,

@@ -211,6 +211,9 @@ def extend(config, graph, objective, loss_weights):
 def make_objective(config) -> Callable:
   """(model, batch, key) -> losses and metrics, of the config's task."""
   if config.task == "tagger":
+    if config.train.microbatches > 1:
+      raise DataError(f"train.microbatches={config.train.microbatches}: a tagger learns the words of "
+                      "all texts of a picture together; set it to 1")
     return lambda model, batch, key: losses.words_loss(model, batch, len(tokenizers.SPECIAL_TOKENS))
   if config.task == "critic":
     return losses.critic_loss

@@ -1,0 +1,202 @@
+"""The training step: one compilation, frozen parts that stay, microbatches, and losses that fall."""
+import dataclasses
+from types import SimpleNamespace
+
+from flax import nnx
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from lskd_jax import losses, optim, step
+from lskd_jax.losses import Weighted
+from lskd_jax.parallel import ACT_B
+from tests.lskd_jax import tiny
+from tests.lskd_jax.tiny import put, student
+
+pytestmark = pytest.mark.usefixtures("one_device")
+
+WEIGHTS = {"itc": 1.0, "itm": 1.0, "lm": 1.0, "region_swap": 1.0, "question": 1.0, "smoothing": 0.0}
+ADAM = SimpleNamespace(learning_rate=1e-2, warmup_steps=5, steps=400, final_share=0.1, clip_norm=1.0,
+                       b1=0.9, b2=0.98, eps=1e-8, weight_decay=0.0)
+KEY = jax.random.key(0)
+
+
+def weights_of(**changes):
+  weights = WEIGHTS | changes
+  return weights, {name: weights[name] for name in ("itc", "itm", "lm")}
+
+
+class Training:
+  """A model, its state and its jitted step."""
+
+  def __init__(self, model, weights, optimizer, frozen=("vit",), microbatches=1):
+    weights, loss_weights = weights_of(**weights)
+    graph, params, self.frozen = step.split(model, frozen)
+    self.state = step.init_state(params, optimizer)
+    objective = lambda model, batch, key: losses.student_loss(model, batch, weights, key)
+    self.step = step.make_train_step(graph, optimizer, objective, loss_weights, microbatches)
+
+  def run(self, rows, key=KEY):
+    """One step; its metrics."""
+    self.state, metrics = self.step(self.state, self.frozen, put(rows), key)
+    return {name: float(value) for name, value in metrics.items()}
+
+
+def snapshot(tree):
+  return jax.tree.map(np.array, tree)
+
+
+@pytest.fixture(scope="module")
+def trained(one_device):
+  """A student after 300 steps on one batch, and what was seen on the way."""
+  compiled = []
+  listen = lambda event, *_, **__: compiled.append(event) if "backend_compile" in event else None
+  one_block = dataclasses.replace(tiny.QFORMER, depth=1, cross_every=1)
+  config = dataclasses.replace(tiny.STUDENT, qformer=one_block)
+  model = student(config, closed=tiny.GATES)
+  training = Training(model, {}, optim.optimizer(ADAM), frozen=("vit", "words"))
+  rows = tiny.batch()
+  arrays, before = put(rows), snapshot((training.state["params"], training.frozen))
+  jax.monitoring.register_event_duration_secs_listener(listen)
+  metrics, per_step = [], []
+  for _ in range(300):
+    start = len(compiled)
+    training.state, values = training.step(training.state, training.frozen, arrays, KEY)
+    per_step.append(len(compiled) - start)
+    metrics.append(values)
+  jax.monitoring.unregister_event_duration_listener(listen)
+  metrics = {name: [float(values[name]) for values in metrics] for name in metrics[0]}
+  return SimpleNamespace(training=training, rows=rows, before=before, metrics=metrics,
+                         compiled=per_step)
+
+
+def test_the_step_compiles_once(trained):
+  assert trained.compiled[:3] == [1, 0, 0] and sum(trained.compiled) == 1
+
+
+def test_frozen_parts_do_not_change_by_a_bit(trained):
+  params, frozen = trained.before
+  after = snapshot((trained.training.state["params"], trained.training.frozen))
+  jax.tree.map(np.testing.assert_array_equal, after[1], frozen)
+  moved = {"/".join(map(str, path)): np.any(old[...] != new[...]) for (path, old), (_, new) in zip(
+      nnx.to_flat_state(params), nnx.to_flat_state(after[0]))}
+  assert all(moved.values()), [name for name, changed in moved.items() if not changed]
+
+
+def test_frozen_parts_have_no_optimizer_state(trained):
+  moments = trained.training.state["opt"][1][0].mu
+  assert "vit" not in moments and "words" not in moments["qformer"]
+  assert "opens_bracket" not in moments and "digit" not in moments  # constants are never trained
+  assert "vit" in trained.training.frozen and "words" in trained.training.frozen["qformer"]
+
+
+def test_one_batch_can_be_learnt_by_heart(trained):
+  """Words by the causal pass, matches, other images, other texts and swapped regions."""
+  last = {name: np.mean(values[-20:]) for name, values in trained.metrics.items()}
+  assert last["lm"] < 0.1 and last["itm"] < 0.1
+  assert last["answer_words_right"] == 1
+  for kind in ("match", "other_image", "other_text", "region_swap"):
+    assert last[f"itm_{kind}_right"] > 0.95
+  assert trained.metrics["itm"][0] > 0.5 and trained.metrics["lm"][0] > 2
+
+
+def test_the_loss_falls_and_is_the_weighted_sum_of_its_parts(trained):
+  found = trained.metrics
+  assert np.mean(found["loss"][-20:]) < 0.25 * np.mean(found["loss"][:5])
+  for i in (0, 150, 299):
+    assert found["loss"][i] == pytest.approx(sum(found[name][i] for name in ("itc", "itm", "lm")),
+                                             rel=1e-5)
+  assert all(np.isfinite(found["grad_norm"]))
+
+
+def test_a_batch_of_one_image_trains(trained):
+  """No other image, so no contrast: LM, matches and region swaps remain, and nothing is NaN."""
+  rows = {name: values[:1] for name, values in trained.rows.items()}
+  metrics = trained.training.run(rows)
+  assert all(np.isfinite(value) for value in metrics.values())
+  assert metrics["itc"] == pytest.approx(0, abs=1e-5)
+  assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(trained.training.state["params"]))
+
+
+# --- microbatches ---
+
+@pytest.fixture(scope="module")
+def lm_steps(one_device):
+  """{microbatches: (metrics, parameters after one step of gradient descent)}, LM alone."""
+  rows = tiny.batch(statements=4)
+  found = {}
+  for parts in (1, 2, 4):
+    training = Training(student(), {"itc": 0.0, "itm": 0.0, "smoothing": 0.1}, optax.sgd(1.0),
+                        microbatches=parts)
+    found[parts] = training.run(rows), snapshot(training.state["params"])
+  return found
+
+
+@pytest.mark.parametrize("parts", [2, 4])
+def test_microbatches_add_up_to_the_batch(lm_steps, parts):
+  """Loss and gradients, though the parts have unequal numbers of words; not a mean of means."""
+  (metrics, params), (expected_metrics, expected) = lm_steps[parts], lm_steps[1]
+  assert metrics == pytest.approx(expected_metrics, rel=1e-5)
+  jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), params, expected)
+
+
+def test_microbatches_are_refused_where_negatives_would_shrink():
+  with pytest.raises(ValueError, match="microbatches=2 cannot be combined with itc and itm: a part"):
+    Training(student(), {}, optax.sgd(1.0), microbatches=2)
+  with pytest.raises(ValueError, match="cannot be combined with itm"):
+    Training(student(), {"itc": 0.0}, optax.sgd(1.0), microbatches=2)
+
+
+def test_microbatches_must_divide_the_statements():
+  with pytest.raises(ValueError, match="microbatches=3 does not divide data.statements=2"):
+    step.split_statements(tiny.batch(), 3)
+
+
+def test_a_microbatch_has_all_images_and_some_of_their_statements():
+  rows = tiny.batch(statements=4)
+  first, second = step.split_statements(put(rows), 2)
+  for name, values in rows.items():
+    if name in ("tokens", "fields", "statement_valid"):
+      np.testing.assert_array_equal(first[name], values[:, :2])
+      np.testing.assert_array_equal(second[name], values[:, 2:])
+      assert jax.typeof(first[name]).sharding.spec[0] == ACT_B[0]
+    else:
+      np.testing.assert_array_equal(second[name], values)
+
+
+# --- randomness ---
+
+class Coin(nnx.Module):
+  """One parameter; its loss shows the key that a step was given."""
+
+  def __init__(self):
+    self.bias = nnx.Param(jnp.zeros(()))
+
+
+def coin_step():
+  graph, params, frozen = step.split(Coin(), ())
+
+  def objective(model, batch, key):
+    return {"coin": Weighted(jax.random.uniform(key) + 0 * model.bias[...], jnp.ones(()))}, {}
+  toss = step.make_train_step(graph, optax.sgd(0.0), objective, {})
+  state = step.init_state(params, optax.sgd(0.0))
+
+  def run(count, key=KEY, state=state):
+    state, tosses = jax.tree.map(jnp.copy, state), []
+    for _ in range(count):
+      state, metrics = toss(state, frozen, {}, key)
+      tosses.append(float(metrics["coin"]))
+    return state, tosses
+  return run
+
+
+def test_randomness_is_a_function_of_the_run_key_and_the_step():
+  run = coin_step()
+  state, tosses = run(4)
+  assert int(state["step"]) == 4 and len(set(tosses)) == 4  # each step has a key of its own
+  assert run(4)[1] == tosses
+  half, first = run(2)
+  assert first + run(2, state=half)[1] == tosses  # a resumed run goes on where it was
+  assert run(1, jax.random.key(1))[1] != tosses[:1]
