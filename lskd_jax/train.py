@@ -99,6 +99,8 @@ def _train(config, workdir: Path, mesh, evaluate, progress: bool) -> Run:
     if "vit" not in frozen_parts:
       raise ValueError("data.cache_features=True needs a ViT that does not change: add 'vit' to "
                        "train.frozen")
+    if jax.process_count() > 1:
+      raise ValueError("data.cache_features=True works in a single process: set it to False")
     vit = nnx.merge(graph, params, frozen)
     vit = vit.student.vit if config.task == "critic" else vit.vit
     cached = features.cached_features(vit, corpus, config.data.features or workdir / "features",
@@ -145,10 +147,10 @@ def _train(config, workdir: Path, mesh, evaluate, progress: bool) -> Run:
         due = config.eval.every and (now % config.eval.every == 0 or now == steps)
         if evaluate and due and now > start:
           with rates.paused():
-            found = evaluate(graph, nnx.merge_state(state["params"], frozen), now)
-          writer.write(now, found)
-          bar.set_postfix({name: f"{value:.3f}" for name, value in found.items()})
-          if needs_more(config, found, now, extended):
+            measured = evaluate(graph, nnx.merge_state(state["params"], frozen), now)
+          writer.write(now, measured)
+          bar.set_postfix({name: f"{value:.3f}" for name, value in measured.items()})
+          if needs_more(config, measured, now, extended):
             extended, steps, tx, train_step = extend(config, graph, objective, loss_weights)
             bar.total = steps
             source = batches(now, steps)
@@ -192,11 +194,11 @@ def _peak(mesh):
   return None if peak is None else peak * mesh.devices.size
 
 
-def needs_more(config, found: dict, now: int, extended: bool) -> bool:
+def needs_more(config, measured: dict, now: int, extended: bool) -> bool:
   """Whether a run that is half done has not left chance, and so is to be extended."""
   guard = config.guard
-  return (not extended and guard.metric in found and now >= guard.at * config.optim.steps
-          and now < config.optim.steps and found[guard.metric] < guard.below)
+  return (not extended and guard.metric in measured and now >= guard.at * config.optim.steps
+          and now < config.optim.steps and measured[guard.metric] < guard.below)
 
 
 def extend(config, graph, objective, loss_weights):
