@@ -1,5 +1,4 @@
 """The training step: one compilation, frozen parts that stay, microbatches, and losses that fall."""
-import dataclasses
 from types import SimpleNamespace
 
 from flax import nnx
@@ -18,7 +17,7 @@ from tests.lskd_jax.tiny import put, student
 pytestmark = pytest.mark.usefixtures("one_device")
 
 WEIGHTS = {"itc": 1.0, "itm": 1.0, "lm": 1.0, "region_swap": 1.0, "question": 1.0, "smoothing": 0.0}
-ADAM = SimpleNamespace(learning_rate=1e-2, warmup_steps=5, steps=400, final_share=0.1, clip_norm=1.0,
+ADAM = SimpleNamespace(learning_rate=1e-2, warmup_steps=5, steps=100, final_share=0.1, clip_norm=1.0,
                        b1=0.9, b2=0.98, eps=1e-8, weight_decay=0.0)
 KEY = jax.random.key(0)
 
@@ -50,18 +49,15 @@ def snapshot(tree):
 
 @pytest.fixture(scope="module")
 def trained(one_device):
-  """A student after 300 steps on one batch, and what was seen on the way."""
+  """A student after 100 steps on one batch, and what was seen on the way."""
   compiled = []
   listen = lambda event, *_, **__: compiled.append(event) if "backend_compile" in event else None
-  one_block = dataclasses.replace(tiny.QFORMER, depth=1, cross_every=1)
-  config = dataclasses.replace(tiny.STUDENT, qformer=one_block)
-  model = student(config, closed=tiny.GATES)
-  training = Training(model, {}, optim.optimizer(ADAM), frozen=("vit", "words"))
+  training = Training(student(closed=tiny.GATES), {}, optim.optimizer(ADAM), frozen=("vit", "words"))
   rows = tiny.batch()
   arrays, before = put(rows), snapshot((training.state["params"], training.frozen))
   jax.monitoring.register_event_duration_secs_listener(listen)
   metrics, per_step = [], []
-  for _ in range(300):
+  for _ in range(100):
     start = len(compiled)
     training.state, values = training.step(training.state, training.frozen, arrays, KEY)
     per_step.append(len(compiled) - start)
@@ -93,53 +89,56 @@ def test_frozen_parts_have_no_optimizer_state(trained):
 
 
 def test_one_batch_can_be_learnt_by_heart(trained):
-  """Words by the causal pass, matches, other images, other texts and swapped regions."""
-  last = {name: np.mean(values[-20:]) for name, values in trained.metrics.items()}
-  assert last["lm"] < 0.1 and last["itm"] < 0.1
+  """Words, matches, other images, other texts and swapped regions.
+
+  Three images have two statements each, and which of the two is asked for nobody can know: ln 2
+  for each of those six, spread over all words, is the least that LM can be.
+  """
+  last = {name: np.mean(values[-10:]) for name, values in trained.metrics.items()}
+  least = 6 * np.log(2) / (trained.rows["fields"] > 0).sum()
+  assert least < last["lm"] < least + 0.05 and last["itm"] < 0.02
   assert last["answer_words_right"] == 1
   for kind in ("match", "other_image", "other_text", "region_swap"):
-    assert last[f"itm_{kind}_right"] > 0.95
+    assert last[f"itm_{kind}_right"] == 1
   assert trained.metrics["itm"][0] > 0.5 and trained.metrics["lm"][0] > 2
 
 
 def test_the_loss_falls_and_is_the_weighted_sum_of_its_parts(trained):
   found = trained.metrics
   assert np.mean(found["loss"][-20:]) < 0.25 * np.mean(found["loss"][:5])
-  for i in (0, 150, 299):
+  for i in (0, 50, 99):
     assert found["loss"][i] == pytest.approx(sum(found[name][i] for name in ("itc", "itm", "lm")),
                                              rel=1e-5)
   assert all(np.isfinite(found["grad_norm"]))
 
 
-def test_a_batch_of_one_image_trains(trained):
-  """No other image, so no contrast: LM, matches and region swaps remain, and nothing is NaN."""
-  rows = {name: values[:1] for name, values in trained.rows.items()}
-  metrics = trained.training.run(rows)
-  assert all(np.isfinite(value) for value in metrics.values())
-  assert metrics["itc"] == pytest.approx(0, abs=1e-5)
-  assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(trained.training.state["params"]))
+def test_a_batch_of_one_image_has_finite_losses():
+  """No other image, so no contrast: words, matches and region swaps remain."""
+  rows = {name: values[:1] for name, values in tiny.batch().items()}
+  found, metrics = jax.jit(lambda model, batch: losses.student_loss(model, batch, WEIGHTS, KEY))(
+      student(), put(rows))
+  means = {name: float(value.mean()) for name, value in (found | metrics).items()}
+  assert all(np.isfinite(value) for value in means.values())
+  assert means["itc"] == pytest.approx(0, abs=1e-5) and means["itm"] > 0 and means["lm"] > 0
+  assert float(metrics["itm_other_text_right"].weight) == 0
+  assert float(metrics["itm_region_swap_right"].weight) == 2
 
 
 # --- microbatches ---
 
-@pytest.fixture(scope="module")
-def lm_steps(one_device):
-  """{microbatches: (metrics, parameters after one step of gradient descent)}, LM alone."""
+def test_microbatches_add_up_to_the_batch():
+  """Loss and gradients, though the parts have unequal numbers of words: no mean of means."""
   rows = tiny.batch(statements=4)
-  found = {}
-  for parts in (1, 2, 4):
+  words = (rows["fields"] > 0).sum((0, 2))
+  assert words[:2].sum() != words[2:].sum()
+  metrics, params = [], []
+  for parts in (1, 2):
     training = Training(student(), {"itc": 0.0, "itm": 0.0, "smoothing": 0.1}, optax.sgd(1.0),
                         microbatches=parts)
-    found[parts] = training.run(rows), snapshot(training.state["params"])
-  return found
-
-
-@pytest.mark.parametrize("parts", [2, 4])
-def test_microbatches_add_up_to_the_batch(lm_steps, parts):
-  """Loss and gradients, though the parts have unequal numbers of words; not a mean of means."""
-  (metrics, params), (expected_metrics, expected) = lm_steps[parts], lm_steps[1]
-  assert metrics == pytest.approx(expected_metrics, rel=1e-5)
-  jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), params, expected)
+    metrics.append(training.run(rows))
+    params.append(snapshot(training.state["params"]))
+  assert metrics[1] == pytest.approx(metrics[0], rel=1e-5)
+  jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), *params)
 
 
 def test_microbatches_are_refused_where_negatives_would_shrink():

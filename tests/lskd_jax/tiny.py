@@ -24,8 +24,10 @@ DIGIT = np.where((np.arange(VOCABULARY) >= DIGITS) & (np.arange(VOCABULARY) < WO
 GATES = ("paint_gate", "mention_gate", "identity_gate", "gate")
 
 VIT = VitConfig(image_size=32, patch=8, width=16, depth=1, heads=4, hidden=32)
+# Two blocks, both with cross-attention: the scan then compiles one, and the causal pass, which reads
+# the queries as they enter a block, still sees the image in the second.
 QFORMER = QFormerConfig(vocabulary=VOCABULARY, width=32, depth=2, heads=4, hidden=32, queries=4,
-                        max_tokens=16)
+                        cross_every=1, max_tokens=16)
 STUDENT = StudentConfig(vit=VIT, qformer=QFORMER, embed=16, max_regions=REGIONS)
 
 

@@ -1,0 +1,72 @@
+"""One training step by two processes on two devices is the step of one process on one device.
+
+Run as a script, this file is one of the two processes.
+"""
+import os
+from pathlib import Path
+import socket
+import subprocess
+import sys
+
+import numpy as np
+
+from configs import scenes
+from data_pipeline import corpus_stages
+from lskd_jax import checkpoint, parallel
+from lskd_jax.metrics import read_metrics
+from lskd_jax.train import train
+from lskd_jax.trees import named_leaves
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def config_for(folder, mesh):
+  """One step of a tiny student with ITC, ITM and LM; a batch of four pictures in all."""
+  config = scenes.get_config()
+  config.model.embed = 8
+  config.model.max_regions = 6
+  config.model.vit.update(image_size=24, width=16, depth=1, heads=2, hidden=32)
+  config.model.qformer.update(width=16, depth=1, cross_every=1, heads=2, hidden=32, queries=2)
+  config.data.update(corpus=str(folder / "taught"), image_root=str(folder / "words" / "images"),
+                     batch_size=4, statements=2, text_tokens=32)
+  config.optim.update(warmup_steps=0, steps=1)
+  config.train.update(mesh=mesh, tensorboard=False, log_every=1)
+  return config
+
+
+def free_port():
+  with socket.socket() as found:
+    found.bind(("localhost", 0))
+    return found.getsockname()[1]
+
+
+def test_two_processes_train_as_one(tmp_path):
+  corpus_stages.verbalize_scenes(tmp_path / "words", 8, progress=False)
+  corpus_stages.teach_corpus(tmp_path / "words", tmp_path / "taught", progress=False)
+  port = str(free_port())
+  environment = {**os.environ, "PYTHONPATH": str(ROOT), "JAX_NUM_CPU_DEVICES": "1"}
+  with (tmp_path / "log").open("w") as log:
+    processes = [subprocess.Popen([sys.executable, __file__, port, str(i), str(tmp_path)],
+                                  env=environment, stdout=log, stderr=log) for i in (0, 1)]
+    try:
+      train(config_for(tmp_path, (1, 1)), tmp_path / "one", progress=False)
+      codes = [process.wait(timeout=300) for process in processes]
+    finally:
+      for process in processes:
+        process.kill()
+  assert codes == [0, 0], (tmp_path / "log").read_text()[-3000:]
+
+  (one,), (two,) = (read_metrics(tmp_path / name / "metrics.jsonl") for name in ("one", "two"))
+  for name in ("loss", "itc", "itm", "lm", "grad_norm", "itm_region_swap_right"):
+    assert two[name] == np.float32(one[name]) or abs(two[name] - one[name]) < 1e-5, name
+  one, two = (named_leaves(checkpoint.load_model(tmp_path / name / "model")[1])
+              for name in ("one", "two"))
+  assert list(one) == list(two)
+  for name in one:
+    np.testing.assert_allclose(two[name], one[name], atol=1e-5, err_msg=name)
+
+
+if __name__ == "__main__":
+  port, number, folder = sys.argv[1:]
+  parallel.initialize(f"localhost:{port}", 2, int(number))
+  train(config_for(Path(folder), (2, 1)), Path(folder) / "two", progress=False)
