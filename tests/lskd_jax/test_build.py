@@ -12,7 +12,7 @@ from lskd_jax.models import build
 from lskd_jax.models.student import student_config
 from lskd_jax.trees import CheckpointError, named_leaves
 from tests.lskd_jax import tiny
-from tests.lskd_jax.tiny_models import MODEL, TEXTS, make_model
+from tests.lskd_jax.tiny_models import MODEL, make_model
 
 pytestmark = pytest.mark.usefixtures("one_device")
 

@@ -112,7 +112,7 @@ def test_bfloat16_runs_and_is_near_float32(plain, rows):
   for name in ("image", "text", "match", "words"):
     assert got[name].dtype == np.float32  # logits and embeddings, whatever the compute dtype
     error = np.abs(got[name] - plain[name]).mean()
-    assert 0 < error < 0.03 * np.abs(plain[name]).mean(), name
+    assert 0 < error < 0.05 * np.abs(plain[name]).mean(), name
 
 
 # --- configuration ---
