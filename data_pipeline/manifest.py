@@ -8,13 +8,13 @@ from __future__ import annotations
 from collections.abc import Iterator
 import contextlib
 import errno
-import fcntl
 import hashlib
 import json
 import os
 from pathlib import Path
 import shutil
 
+from data_pipeline import stages
 from data_pipeline.records import DataError
 
 NAME = "manifest.json"
@@ -84,7 +84,7 @@ def new_folder(final: Path, overwrite: bool) -> Iterator[Path]:
   work, old = (final.with_name(f"{kind}.{final.name}") for kind in ("incomplete", "replaced"))
   with _writing(final):
     folder.mkdir(parents=True, exist_ok=True)
-    with _alone(folder):
+    with stages.locked(folder):
       if old.exists() and not final.exists():
         old.rename(final)  # a process ended between the two renames below
       shutil.rmtree(old, ignore_errors=True)
@@ -116,23 +116,6 @@ def _same(final: Path, work: Path) -> bool:
 def _flush(path: Path) -> None:
   with path.open("rb") as file:
     os.fsync(file.fileno())
-
-
-@contextlib.contextmanager
-def _alone(folder: Path) -> Iterator[None]:
-  """Holds a folder against other processes; the system lets go of it when this one dies."""
-  handle = os.open(folder, os.O_RDONLY)
-  try:
-    fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-  except BlockingIOError:
-    os.close(handle)
-    raise DataError(f"{folder}: another build is writing to it; wait or end that one") from None
-  except OSError:
-    pass  # a file system without locks: go on as if alone
-  try:
-    yield
-  finally:
-    os.close(handle)
 
 
 @contextlib.contextmanager

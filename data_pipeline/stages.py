@@ -101,7 +101,7 @@ def run_stage(
     "inputs": inputs or fingerprint(items_by_shard),
     "shards": shards,
   }
-  with _locked(out):
+  with locked(out):
     _claim(out, json.loads(json.dumps(stage, default=str)))
     todo = [k for k in range(shards) if not _file(out, "shard", k, shards).exists()]
     if progress and len(todo) < shards:
@@ -205,7 +205,7 @@ def fingerprint(items_by_shard: list) -> str:
 
 
 @contextlib.contextmanager
-def _locked(folder: Path):
+def locked(folder: Path) -> Iterator[None]:
   """Holds the folder against a second process; the system lets go of it when this one dies."""
   handle = os.open(folder, os.O_RDONLY)
   try:

@@ -162,7 +162,7 @@ build_lck(records(), {str(root)!r}, {str(tmp_path)!r}, images_per_shard=1, progr
     [sys.executable, "-c", script], stdin=subprocess.PIPE, stdout=subprocess.PIPE
   )
   assert child.stdout.readline() == b"writing\n"
-  with pytest.raises(DataError, match="another build is writing"):
+  with pytest.raises(DataError, match="another process is writing"):
     build_lck(RECORDS, root, tmp_path, progress=False)
   child.send_signal(signal.SIGKILL)
   child.wait()

@@ -6,30 +6,20 @@ from jax.sharding import PartitionSpec as P
 import numpy as np
 import pytest
 
-from lskd_jax import losses, optim, step
 from lskd_jax.parallel import make_mesh
 from tests.lskd_jax import tiny
 
-WEIGHTS = {"itc": 1.0, "itm": 1.0, "lm": 1.0, "region_swap": 1.0, "question": 1.0, "smoothing": 0.1}
-# A large epsilon keeps the update a smooth function of the gradient: Adam turns a gradient that is
-# zero but for rounding, such as that of a key's bias, into a full step in either direction.
-ADAM = SimpleNamespace(learning_rate=1e-2, warmup_steps=0, steps=10, final_share=0.1, clip_norm=1e6,
-                       b1=0.9, b2=0.98, eps=1.0, weight_decay=0.05)
 MESHES = [(1, 1), (8, 1), (2, 4)]
 
 
 def one_step(shape):
-  """Parameters filled once by name and placed on the mesh, one step on the same batch and key."""
+  """Parameters filled by name and placed on the mesh, one step on the same batch and key."""
   with jax.set_mesh(make_mesh(shape)):
-    optimizer = optim.optimizer(ADAM)
-    graph, params, frozen = step.split(tiny.student(), ("vit",))
-    objective = lambda model, batch, key: losses.student_loss(model, batch, WEIGHTS, key)
-    train = step.make_train_step(graph, optimizer, objective, {n: WEIGHTS[n] for n in WEIGHTS})
-    state = step.init_state(params, optimizer)
+    train, state, frozen = tiny.training(tiny.student())
     before = shardings(state)
     state, metrics = train(state, frozen, tiny.put(tiny.batch(images=8)), jax.random.key(3))
     numpy = jax.tree.map(np.asarray, state)
-    gradients = jax.tree.map(lambda a: a / (1 - ADAM.b1), numpy["opt"][1][0].mu)
+    gradients = jax.tree.map(lambda a: a / (1 - tiny.ADAM.b1), numpy["opt"][1][0].mu)
     return SimpleNamespace(metrics={name: float(value) for name, value in metrics.items()},
                            gradients=gradients, params=numpy["params"], before=before,
                            after=shardings(state))

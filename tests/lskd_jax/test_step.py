@@ -8,7 +8,7 @@ import numpy as np
 import optax
 import pytest
 
-from lskd_jax import losses, optim, step
+from lskd_jax import losses, step
 from lskd_jax.losses import Weighted
 from lskd_jax.parallel import ACT_B
 from tests.lskd_jax import tiny
@@ -16,31 +16,8 @@ from tests.lskd_jax.tiny import put, student
 
 pytestmark = pytest.mark.usefixtures("one_device")
 
-WEIGHTS = {"itc": 1.0, "itm": 1.0, "lm": 1.0, "region_swap": 1.0, "question": 1.0, "smoothing": 0.0}
-ADAM = SimpleNamespace(learning_rate=1e-2, warmup_steps=5, steps=100, final_share=0.1, clip_norm=1.0,
-                       b1=0.9, b2=0.98, eps=1e-8, weight_decay=0.0)
 KEY = jax.random.key(0)
-
-
-def weights_of(**changes):
-  weights = WEIGHTS | changes
-  return weights, {name: weights[name] for name in ("itc", "itm", "lm")}
-
-
-class Training:
-  """A model, its state and its jitted step."""
-
-  def __init__(self, model, weights, optimizer, frozen=("vit",), microbatches=1):
-    weights, loss_weights = weights_of(**weights)
-    graph, params, self.frozen = step.split(model, frozen)
-    self.state = step.init_state(params, optimizer)
-    objective = lambda model, batch, key: losses.student_loss(model, batch, weights, key)
-    self.step = step.make_train_step(graph, optimizer, objective, loss_weights, microbatches)
-
-  def run(self, rows, key=KEY):
-    """One step; its metrics."""
-    self.state, metrics = self.step(self.state, self.frozen, put(rows), key)
-    return {name: float(value) for name, value in metrics.items()}
+STEPS = 100
 
 
 def snapshot(tree):
@@ -52,19 +29,19 @@ def trained(one_device):
   """A student after 100 steps on one batch, and what was seen on the way."""
   compiled = []
   listen = lambda event, *_, **__: compiled.append(event) if "backend_compile" in event else None
-  training = Training(student(closed=tiny.GATES), {}, optim.optimizer(ADAM), frozen=("vit", "words"))
-  rows = tiny.batch()
-  arrays, before = put(rows), snapshot((training.state["params"], training.frozen))
+  train, state, frozen = tiny.training(student(closed=tiny.GATES))
+  rows = tiny.batch(images=8)
+  arrays, before = put(rows), snapshot((state["params"], frozen))
   jax.monitoring.register_event_duration_secs_listener(listen)
   metrics, per_step = [], []
-  for _ in range(100):
+  for _ in range(STEPS):
     start = len(compiled)
-    training.state, values = training.step(training.state, training.frozen, arrays, KEY)
+    state, values = train(state, frozen, arrays, KEY)
     per_step.append(len(compiled) - start)
     metrics.append(values)
   jax.monitoring.unregister_event_duration_listener(listen)
   metrics = {name: [float(values[name]) for values in metrics] for name in metrics[0]}
-  return SimpleNamespace(training=training, rows=rows, before=before, metrics=metrics,
+  return SimpleNamespace(state=state, frozen=frozen, rows=rows, before=before, metrics=metrics,
                          compiled=per_step)
 
 
@@ -74,7 +51,7 @@ def test_the_step_compiles_once(trained):
 
 def test_frozen_parts_do_not_change_by_a_bit(trained):
   params, frozen = trained.before
-  after = snapshot((trained.training.state["params"], trained.training.frozen))
+  after = snapshot((trained.state["params"], trained.frozen))
   jax.tree.map(np.testing.assert_array_equal, after[1], frozen)
   moved = {"/".join(map(str, path)): np.any(old[...] != new[...]) for (path, old), (_, new) in zip(
       nnx.to_flat_state(params), nnx.to_flat_state(after[0]))}
@@ -82,20 +59,20 @@ def test_frozen_parts_do_not_change_by_a_bit(trained):
 
 
 def test_frozen_parts_have_no_optimizer_state(trained):
-  moments = trained.training.state["opt"][1][0].mu
+  moments = trained.state["opt"][1][0].mu
   assert "vit" not in moments and "words" not in moments["qformer"]
   assert "opens_bracket" not in moments and "digit" not in moments  # constants are never trained
-  assert "vit" in trained.training.frozen and "words" in trained.training.frozen["qformer"]
+  assert "vit" in trained.frozen and "words" in trained.frozen["qformer"]
 
 
 def test_one_batch_can_be_learnt_by_heart(trained):
   """Words, matches, other images, other texts and swapped regions.
 
-  Three images have two statements each, and which of the two is asked for nobody can know: ln 2
-  for each of those six, spread over all words, is the least that LM can be.
+  Seven images have two statements each, and which of the two is asked for nobody can know: ln 2
+  for each of those 14, spread over all words, is the least that LM can be.
   """
   last = {name: np.mean(values[-10:]) for name, values in trained.metrics.items()}
-  least = 6 * np.log(2) / (trained.rows["fields"] > 0).sum()
+  least = 14 * np.log(2) / (trained.rows["fields"] > 0).sum()
   assert least < last["lm"] < least + 0.05 and last["itm"] < 0.02
   assert last["answer_words_right"] == 1
   for kind in ("match", "other_image", "other_text", "region_swap"):
@@ -106,7 +83,7 @@ def test_one_batch_can_be_learnt_by_heart(trained):
 def test_the_loss_falls_and_is_the_weighted_sum_of_its_parts(trained):
   found = trained.metrics
   assert np.mean(found["loss"][-20:]) < 0.25 * np.mean(found["loss"][:5])
-  for i in (0, 50, 99):
+  for i in (0, STEPS // 2, STEPS - 1):
     assert found["loss"][i] == pytest.approx(sum(found[name][i] for name in ("itc", "itm", "lm")),
                                              rel=1e-5)
   assert all(np.isfinite(found["grad_norm"]))
@@ -115,7 +92,7 @@ def test_the_loss_falls_and_is_the_weighted_sum_of_its_parts(trained):
 def test_a_batch_of_one_image_has_finite_losses():
   """No other image, so no contrast: words, matches and region swaps remain."""
   rows = {name: values[:1] for name, values in tiny.batch().items()}
-  found, metrics = jax.jit(lambda model, batch: losses.student_loss(model, batch, WEIGHTS, KEY))(
+  found, metrics = jax.jit(lambda model, batch: losses.student_loss(model, batch, tiny.LOSS, KEY))(
       student(), put(rows))
   means = {name: float(value.mean()) for name, value in (found | metrics).items()}
   assert all(np.isfinite(value) for value in means.values())
@@ -126,6 +103,9 @@ def test_a_batch_of_one_image_has_finite_losses():
 
 # --- microbatches ---
 
+LM_ONLY = tiny.LOSS | {"itc": 0.0, "itm": 0.0, "smoothing": 0.1}
+
+
 def test_microbatches_add_up_to_the_batch():
   """Loss and gradients, though the parts have unequal numbers of words: no mean of means."""
   rows = tiny.batch(statements=4)
@@ -133,19 +113,20 @@ def test_microbatches_add_up_to_the_batch():
   assert words[:2].sum() != words[2:].sum()
   metrics, params = [], []
   for parts in (1, 2):
-    training = Training(student(), {"itc": 0.0, "itm": 0.0, "smoothing": 0.1}, optax.sgd(1.0),
-                        microbatches=parts)
-    metrics.append(training.run(rows))
-    params.append(snapshot(training.state["params"]))
+    train, state, frozen = tiny.training(student(), loss=LM_ONLY, optimizer=optax.sgd(1.0),
+                                         microbatches=parts)
+    state, found = train(state, frozen, put(rows), KEY)
+    metrics.append({name: float(value) for name, value in found.items()})
+    params.append(snapshot(state["params"]))
   assert metrics[1] == pytest.approx(metrics[0], rel=1e-5)
   jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), *params)
 
 
 def test_microbatches_are_refused_where_negatives_would_shrink():
   with pytest.raises(ValueError, match="microbatches=2 cannot be combined with itc and itm: a part"):
-    Training(student(), {}, optax.sgd(1.0), microbatches=2)
+    tiny.training(student(), microbatches=2)
   with pytest.raises(ValueError, match="cannot be combined with itm"):
-    Training(student(), {"itc": 0.0}, optax.sgd(1.0), microbatches=2)
+    tiny.training(student(), loss=tiny.LOSS | {"itc": 0.0}, microbatches=2)
 
 
 def test_microbatches_must_divide_the_statements():

@@ -4,13 +4,14 @@ Fresh weights hide errors: zero gates, zero biases and unit scales drop out of e
 tests fill every parameter with seeded noise, and say so where they want a gate closed.
 """
 import math
+from types import SimpleNamespace
 import zlib
 
 from flax import nnx
 import jax
 import numpy as np
 
-from lskd_jax import parallel
+from lskd_jax import losses, optim, parallel, step
 from lskd_jax.models.qformer import QFormerConfig
 from lskd_jax.models.student import Student, StudentConfig
 from lskd_jax.models.vit import VitConfig
@@ -29,6 +30,12 @@ VIT = VitConfig(image_size=32, patch=8, width=16, depth=1, heads=4, hidden=32)
 QFORMER = QFormerConfig(vocabulary=VOCABULARY, width=32, depth=2, heads=4, hidden=32, queries=4,
                         cross_every=1, max_tokens=16)
 STUDENT = StudentConfig(vit=VIT, qformer=QFORMER, embed=16, max_regions=REGIONS)
+
+LOSS = {"itc": 1.0, "itm": 1.0, "lm": 1.0, "region_swap": 1.0, "question": 1.0, "smoothing": 0.0}
+# Epsilon is large, so that an update is a smooth function of its gradient: Adam turns a gradient
+# that is zero but for rounding, such as that of a key's bias, into a full step either way.
+ADAM = SimpleNamespace(learning_rate=1e-2, warmup_steps=0, steps=100, final_share=0.1, clip_norm=1.0,
+                       b1=0.9, b2=0.98, eps=1e-3, weight_decay=0.01)
 
 
 def make_student(config=STUDENT):
@@ -108,6 +115,16 @@ def batch(seed: int = 0, images: int = 4, statements: int = 2, tokens: int = 12)
       "boxes": boxes,
       "region_valid": np.arange(REGIONS) < count[:, None],
       "tokens": ids, "fields": fields, "statement_valid": valid}
+
+
+def training(model, *, loss=LOSS, optimizer=None, frozen=("vit", "words"), microbatches=1):
+  """The step of a student, its first state and its frozen part."""
+  optimizer = optim.optimizer(ADAM) if optimizer is None else optimizer
+  graph, params, frozen = step.split(model, frozen)
+  objective = lambda model, batch, key: losses.student_loss(model, batch, loss, key)
+  weights = {name: loss[name] for name in ("itc", "itm", "lm")}
+  train_step = step.make_train_step(graph, optimizer, objective, weights, microbatches)
+  return train_step, step.init_state(params, optimizer), frozen
 
 
 def gelu(x):
