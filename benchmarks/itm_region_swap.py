@@ -1,6 +1,6 @@
 """Does ITM with region-swap negatives learn to tell [0] from [1]? Cold and warm start.
 
-    python benchmarks/itm_region_swap.py --demo demo [--steps 600]
+    python benchmarks/itm_region_swap.py --demo demo [--steps 300] [--starts cold warm]
 
 Needs a work directory of `lskd demo --full`. Trains the same student with the same batches twice on
 the true statements: `cold`, whose Q-Former starts from random weights, and `warm`, which starts from
@@ -27,19 +27,22 @@ from lskd_jax.metrics import read_metrics
 from lskd_jax.models import build
 from lskd_jax.train import train
 
+STARTS = {"cold": "words", "warm": "ceiling"}  # the demo's run whose model each starts from
+
 
 def main() -> None:
   parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
   parser.add_argument("--demo", type=Path, required=True)
-  parser.add_argument("--steps", type=int, default=600)
+  parser.add_argument("--steps", type=int, default=300)
+  parser.add_argument("--starts", nargs="+", choices=STARTS, default=list(STARTS))
   args = parser.parse_args()
   results = {}
-  for name, start in (("cold", "words"), ("warm", "ceiling")):
+  for name in args.starts:
     workdir = args.demo / "runs" / f"itm-{name}-{args.steps}"
     config = demo_tasks.run_config(args.demo, "scenes_itm", f"itm {name}")
     config.data.corpus = str(args.demo / "true")
     config.data.features = str(args.demo / "features")
-    config.init.model = str(args.demo / "runs" / start / "model")
+    config.init.model = str(args.demo / "runs" / STARTS[name] / "model")
     config.init.parts = ("vit",) if name == "cold" else ()
     config.optim.steps = args.steps
     run = train(config, workdir)

@@ -3,6 +3,7 @@
 Region tokens are painted on the ViT's OUTPUT, so students that differ in regions, texts or losses
 share one cache; only drawn overlays and augmented pixels need the ViT at every step.
 """
+import contextlib
 import fcntl
 import hashlib
 import json
@@ -41,7 +42,8 @@ def cached_features(vit, corpus: Corpus, folder, *, batch: int = 64, progress: b
   if not stored():
     folder.mkdir(parents=True, exist_ok=True)
     with (folder / "lock").open("w") as lock:
-      fcntl.flock(lock, fcntl.LOCK_EX)  # of runs that share the folder, one computes, others wait
+      with contextlib.suppress(OSError):  # a file system without locks: go on as if alone
+        fcntl.flock(lock, fcntl.LOCK_EX)  # of runs that share the folder, one computes, others wait
       if not stored():
         note.unlink(missing_ok=True)
         _compute(vit, corpus, path, batch, progress)

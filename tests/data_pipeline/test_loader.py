@@ -114,6 +114,7 @@ def test_shapes_and_types_are_always_the_same(corpus, tokenizer):
       "region_valid": ((4, 3), "bool"),
       "tokens": ((4, 2, 32), "int32"),
       "fields": ((4, 2, 32), "int8"),
+      "statement": ((4, 2), "int32"),
       "statement_valid": ((4, 2), "bool"),
     }
 

@@ -272,7 +272,7 @@ print(kill_at - 2, "kills")
 def python(code, *arguments, wrap=()):
   command = [*wrap, sys.executable, "-c", code, *map(str, arguments)]
   environment = {**os.environ, "PYTHONPATH": str(REPO)}
-  return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60)
+  return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
 
 
 def test_a_stage_killed_at_any_point_ends_with_identical_bytes(tmp_path):
