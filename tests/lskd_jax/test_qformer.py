@@ -232,11 +232,10 @@ def gradient(model, inputs):
   return jax.value_and_grad(loss)(model)
 
 
-@pytest.mark.parametrize("changes", [dict(scan=False), dict(remat="full"), dict(remat="dots")])
-def test_scanning_and_recomputing_change_no_number(inputs, changes):
+def test_scanning_and_recomputing_change_no_number(inputs):
   groups = dict(depth=2, cross_every=1)
-  models = qformer(**groups, **changes), qformer(**groups)
-  for got, expected in zip(*(jax.tree.leaves(gradient(model, inputs)) for model in models)):
+  models = qformer(**groups), qformer(**groups, scan=False, remat="full")
+  for expected, got in zip(*(jax.tree.leaves(gradient(model, inputs)) for model in models)):
     np.testing.assert_allclose(got, expected, rtol=1e-4, atol=1e-5 * max(1, np.abs(expected).max()))
 
 

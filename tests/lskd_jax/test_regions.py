@@ -129,6 +129,7 @@ def test_fresh_gates_are_zero_and_nothing_else_is():
 
 @jax.jit
 def jitted_gradients(student, batch):
+  """Of LM and ITC, for the region parameters."""
   graph, params, rest = tiny.parts(student, "regions", "gate")
 
   def loss(params):
@@ -138,23 +139,28 @@ def jitted_gradients(student, batch):
   return jax.grad(loss)(params)
 
 
-def gradients(student, rows):
-  """Of LM and ITC, for the region parameters: {last names of the parameter: array}."""
-  grads = jitted_gradients(student, put(rows))
+def named(grads):
+  """{last two names of a region parameter: its gradient}."""
   return {"/".join(map(str, path[-2:])): np.asarray(leaf[...])
           for path, leaf in nnx.to_flat_state(grads)}
+
+
+def moving(grads):
+  return {name for name, grad in named(grads).items() if grad.any()}
 
 
 GATE_NAMES = {"regions/paint_gate", "regions/mention_gate", "regions/identity_gate", "cross/gate"}
 
 
 def test_gates_move_first_and_the_encoder_after_them():
-  rows = batch_with_features()
-  first = gradients(student(closed=GATES), rows)
-  assert {name for name, grad in first.items() if grad.any()} == GATE_NAMES
-  second = gradients(student(), rows)  # gates open, as they are after a step
-  assert {name for name, grad in second.items() if grad.any()} == set(second)
-  assert len(second) == 4 + 6  # two dense layers of geometry, content, slot
+  rows, model = put(batch_with_features()), student(closed=GATES)
+  first = jitted_gradients(model, rows)
+  assert moving(first) == GATE_NAMES
+  graph, params, rest = tiny.parts(model, "regions", "gate")
+  stepped = jax.tree.map(lambda p, g: p - 0.1 * g, params, first)
+  second = jitted_gradients(nnx.merge(graph, stepped, rest), rows)
+  assert moving(second) == set(named(second))
+  assert len(named(second)) == 4 + 6  # gates; two dense layers of geometry, content, slot
 
 
 def test_two_zeros_in_series_never_move():
@@ -164,9 +170,9 @@ def test_two_zeros_in_series_never_move():
   for zeroed in (encoder.geometry_out.kernel, encoder.geometry_out.bias, encoder.content.kernel,
                  encoder.slot):
     zeroed[...] = jnp.zeros_like(zeroed[...])
-  grads = gradients(model, batch_with_features())
-  assert {name for name, grad in grads.items() if grad.any()} == {"cross/gate"}  # needs no encoder
-  assert all(np.isfinite(grad).all() for grad in grads.values())
+  grads = jitted_gradients(model, put(batch_with_features()))
+  assert moving(grads) == {"cross/gate"}  # site Q needs no encoder
+  assert all(np.isfinite(grad).all() for grad in named(grads).values())
 
 
 # --- slots are names ---
@@ -382,6 +388,13 @@ def test_a_piece_that_holds_a_whole_mention_is_one():
   tokens = on_mesh(np.array([[[3, 2, 1, 2, 0, 3]]], np.int32))
   slots = regions.mention_slots(tokens, opens, digit, REGIONS)
   assert slots.tolist() == [[[2, -1, -1, 1, -1, 2]]]
+
+
+def test_nothing_stands_before_the_first_token():
+  """Not even where id 0 is the bracket."""
+  opens, digit = jnp.array([True, False]), jnp.array([-1, 3])
+  tokens = on_mesh(np.array([[[1, 0, 1]]], np.int32))
+  assert regions.mention_slots(tokens, opens, digit).tolist() == [[[-1, -1, 3]]]
 
 
 def test_mention_vectors_go_to_their_mentions():
