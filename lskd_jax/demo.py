@@ -146,8 +146,9 @@ def claim(work: Path, size: dict) -> None:
     theirs = json.loads(path.read_text())
     # A plain demo can be continued as a full one: the same tasks and two more arms.
     if {**theirs, "full": True} != {**size, "full": True}:
-      key = next(k for k in size if theirs.get(k) != size[k] and k != "full")
-      raise DataError(f"{work} holds a demo with {key}={theirs.get(key)}, not {size[key]}; use another "
+      names = dict.fromkeys(("quick", "seed", *size, *theirs))  # what a user asked for comes first
+      key = next(k for k in names if theirs.get(k) != size.get(k) and k != "full")
+      raise DataError(f"{work} holds a demo with {key}={theirs.get(key)}, not {size.get(key)}; use another "
                       "--workdir, or the same options to continue it")
   (work / "tasks").mkdir(parents=True, exist_ok=True)
   write_json(path, size)
