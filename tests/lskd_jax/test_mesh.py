@@ -1,4 +1,4 @@
-"""One training step is the same whatever the mesh: 1x1, batch over 8 devices, or 2 x 4 with heads."""
+"""One training step is the same on every mesh: 1x1, the batch over 8 devices, 2 x 4 with heads."""
 from types import SimpleNamespace
 
 import jax
@@ -64,7 +64,8 @@ def test_the_step_keeps_every_sharding(results, shape):
 def test_parameters_and_their_moments_are_split_as_named(results):
   """Widths over `fsdp`, heads and hidden widths over `tensor`, never the axis of layers."""
   specs = results[(2, 4)].after
-  where = {"attention']['query": P(None, "fsdp", "tensor", None), "mlp']['up": P(None, "fsdp", "tensor")}
+  where = {"attention']['query": P(None, "fsdp", "tensor", None),
+           "mlp']['up": P(None, "fsdp", "tensor")}
   for part, spec in where.items():
     found = [value for name, value in specs.items() if part in name and "kernel" in name]
     assert len(found) >= 3 and set(found) == {spec}  # the parameter and Adam's two moments

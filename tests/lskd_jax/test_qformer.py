@@ -1,4 +1,4 @@
-"""The four passes of the Q-Former against BLIP-2's formulas in float64 NumPy, and what they promise."""
+"""The four passes of the Q-Former: BLIP-2's formulas in float64 NumPy, and what they promise."""
 import dataclasses
 import math
 
