@@ -14,7 +14,7 @@ def get_config() -> ConfigDict:
   config.model.embed = 64
   config.model.vit.update(image_size=96, patch=12, width=96, depth=2, heads=4, hidden=384,
                           scan=False)
-  config.model.qformer.update(width=96, depth=2, heads=4, hidden=384, queries=8, max_tokens=64,
+  config.model.qformer.update(width=96, depth=2, heads=4, hidden=192, queries=8, max_tokens=64,
                               dropout=0.0, scan=False)
   config.data.vocabulary = 512
   config.data.text_tokens = 36  # a statement of the template teacher has 28 on average

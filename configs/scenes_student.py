@@ -18,9 +18,9 @@ def get_config():
   config.data.statements = 4
   # The verbalizer's words too, as noisy as they are: descriptions tie every region to what is seen
   # there, captions keep the whole picture readable.
-  config.data.texts.update(statements=0.8, descriptions=0.15, captions=0.05)
+  config.data.texts.update(statements=0.6, descriptions=0.35, captions=0.05)
   config.data.cache_features = True
   config.loss.update(itc=0.0, itm=0.0)  # three times the statements per second; LM is the head used
-  config.optim.steps = 800
-  config.eval.every = 200
+  config.optim.steps = 1000
+  config.eval.every = 250
   return config

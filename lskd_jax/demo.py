@@ -39,8 +39,8 @@ def evaluation(arm: str, trained_by: str = "") -> Task:
 TASKS = (
     Task("pictures", (), 1, "draw, verbalize, teach, judge"),
     Task("words", ("pictures",), 2, "ViT on captions as bags of words (stage 0)"),
-    Task("captions", ("words",), 2, "arm `pretrained`: Q-Former on captions (stage 1)"),
-    Task("unfiltered", ("captions",), 1, "arm `unfiltered`: all statements"),
+    Task("captions", ("words",), 1, "arm `pretrained`: Q-Former on captions (stage 1)"),
+    Task("unfiltered", ("words",), 1, "arm `unfiltered`: all statements"),
     Task("heads_critic", ("captions",), 1, "critic with heads on the fused pass"),
     Task("score", ("unfiltered", "heads_critic"), 1, "critic on the student's likelihoods; the cut"),
     Task("publish", ("score",), 1, "TFDS dataset `lck`: build and publish"),
@@ -51,7 +51,7 @@ TASKS = (
 )
 FULL = (
     Task("true", ("pictures",), 1, "true statements only"),
-    Task("ceiling", ("true", "captions"), 1, "arm `ceiling`: true statements only"),
+    Task("ceiling", ("true", "words"), 1, "arm `ceiling`: true statements only"),
     Task("overlay", ("publish",), 1, "arm `overlay`: filtered, boxes drawn"),
     evaluation("ceiling"), evaluation("overlay"),
 )
