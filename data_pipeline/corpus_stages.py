@@ -67,7 +67,13 @@ def verbalize_photographs(
   split: str = "train",
   progress: bool = True,
 ) -> dict:
-  """Reads a COCO file and describes its pictures from their boxes; the summary counts `crowds`."""
+  """Reads a COCO file and describes its pictures from their boxes.
+
+  Left out and listed with the reason in rejected-*.jsonl: images that are missing, damaged or of
+  another size than the file says, and boxes without area or outside their image. The summary has
+  `crowds` too, the number of crowd annotations passed over. DataError when no image is left, as with
+  a wrong folder of images.
+  """
   rows = coco.load_coco(annotations, captions)
 
   def work(row: dict) -> list:
@@ -77,8 +83,8 @@ def verbalize_photographs(
   shards = stages.split_evenly(rows, -(-len(rows) // 500))
   options = {"source": "coco", "split": split}
   summary = stages.run_stage("verbalize", shards, work, out, options, progress)
-  crowds = sum(annotation["crowd"] for row in rows for annotation in row["annotations"])
-  return {**summary, "crowds": crowds}
+  stages.open_shards(out)  # nothing to read is a mistake: says so
+  return {**summary, "crowds": sum(map(coco.crowds, rows))}
 
 
 def teach_corpus(

@@ -101,6 +101,8 @@ def run_seed(work: Path, size: dict) -> None:
   cores = available_cores()[:2]
   free = list(cores)
   running: dict[str, tuple] = {}
+  spent = work / "seconds.json"
+  before = json.loads(spent.read_text()) if spent.exists() else 0.0
   start = time.time()
   try:
     while len(done) < len(tasks):
@@ -120,15 +122,13 @@ def run_seed(work: Path, size: dict) -> None:
         seconds = round(time.time() - began, 1)
         write_json(work / "tasks" / f"{name}.json", {"seconds": seconds})
         done.add(name)
+        write_json(spent, round(before + time.time() - start, 1))  # a killed run loses little of it
         say(f"{len(done):2d}/{len(tasks)} {task.label:58s} {seconds:6.1f} s   "
             f"(total {time.time() - start:.0f} s)")
       time.sleep(0.05)
   finally:
     for _, process, _, _ in running.values():
       process.kill()
-  spent = work / "seconds.json"
-  before = json.loads(spent.read_text()) if spent.exists() else 0.0
-  write_json(spent, round(before + time.time() - start, 1))
 
 
 def in_order(tasks, done: set, running: dict) -> list[Task]:
@@ -176,10 +176,10 @@ def launch(task: Task, work: Path, cores: list[int], all_cores: list[int],
       "TQDM_POSITION": str(all_cores.index(cores[0])),
       "TQDM_MININTERVAL": "0.5" if terminal else "20",
   }
-  log = (work / "tasks" / f"{task.name}.log").open("ab")
   command = [sys.executable, "-m", "lskd_jax.demo_tasks", task.name, str(work)]
-  return subprocess.Popen(command, env=environment, stdout=log, stderr=None if terminal else log,
-                          stdin=subprocess.DEVNULL, preexec_fn=lambda: tie(cores))
+  with (work / "tasks" / f"{task.name}.log").open("ab") as log:
+    return subprocess.Popen(command, env=environment, stdout=log, stderr=None if terminal else log,
+                            stdin=subprocess.DEVNULL, preexec_fn=lambda: tie(cores))
 
 
 def tie(cores: list[int]) -> None:

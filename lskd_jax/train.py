@@ -68,6 +68,10 @@ def _train(config, workdir: Path, mesh, evaluate, progress: bool) -> Run:
   corpus = open_corpus(config.data.corpus, config.data.image_root or None,
                        config.data.min_score, config.data.split or None)
   if config.task == "critic":
+    unjudged = [kind for kind in ("captions", "descriptions") if config.data.texts[kind]]
+    if unjudged:
+      raise DataError(f"data.texts.{unjudged[0]}={config.data.texts[unjudged[0]]}: a critic learns from "
+                      "judged statements only; set it to 0")
     judgements = read_judgements(config.data.judgements)
     corpus = judged_corpus(corpus, judgements)
   tokenizer_dir = find_tokenizer(config, workdir, corpus)

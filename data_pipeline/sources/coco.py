@@ -1,7 +1,5 @@
 """Photographs with boxes in the COCO format: an instances file, maybe a captions file, a folder.
 
-    import_coco("instances_val2017.json", "val2017", out, captions="captions_val2017.json")
-
 COCO's `bbox` is x, y, width, height; records hold corners. Regions are numbered 0, 1, ... in the
 order of the annotations that are kept, and labelled with the category's name.
 """
@@ -9,42 +7,14 @@ order of the annotations that are kept, and labelled with the category's name.
 from __future__ import annotations
 
 import dataclasses
-import functools
 import json
 import math
 from pathlib import Path, PurePosixPath
 
-from data_pipeline import images, stages
+from data_pipeline import images
 from data_pipeline.records import DataError, ImageRecord, Region, Verbalization, validate
 
 _KINDS = {int: "a whole number", str: "a text", list: "a list"}
-
-
-def import_coco(
-  instances: Path | str,
-  image_root: Path | str,
-  out: Path | str,
-  captions: Path | str | None = None,
-  split: str = "train",
-  shards: int = 8,
-  progress: bool = True,
-) -> dict:
-  """Writes the images of a COCO file as a stage folder of ImageRecords.
-
-  Left out and listed with the reason in rejected-*.jsonl: images that are missing, damaged or of
-  another size than the file says, and boxes without area or outside their image. Returns the
-  summary of the stage with `crowds`, the number of crowd annotations passed over. DataError when
-  no image is left, as with a wrong image_root.
-  """
-  rows = load_coco(instances, captions)
-  work = functools.partial(
-    coco_records, image_root=Path(image_root), split=split, file=Path(instances).name
-  )
-  summary = stages.run_stage(
-    "coco", stages.split_evenly(rows, shards), work, Path(out), {"split": split}, progress
-  )
-  stages.open_shards(out)  # an import of nothing is a mistake: says so
-  return summary | {"crowds": sum(_crowds(row) for row in rows)}
 
 
 def load_coco(instances: Path | str, captions: Path | str | None = None) -> list[dict]:
@@ -141,12 +111,13 @@ def _origin(row: dict) -> dict:
     "coco_id": row["id"],
     "licence": row["licence"],
     "source": row["source"],
-    "crowds": _crowds(row),
+    "crowds": crowds(row),
   }
   return {key: value for key, value in origin.items() if value}
 
 
-def _crowds(row: dict) -> int:
+def crowds(row: dict) -> int:
+  """How many of an image's annotations are crowds, which no box of one thing describes."""
   return sum(annotation["crowd"] for annotation in row["annotations"])
 
 

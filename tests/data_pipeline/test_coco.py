@@ -8,6 +8,7 @@ from PIL import Image
 import pytest
 
 from data_pipeline import images, stages
+from data_pipeline.corpus_stages import verbalize_photographs
 from data_pipeline.records import DataError, Region
 from data_pipeline.sources import coco
 
@@ -48,8 +49,8 @@ def write(folder, value, name="instances.json"):
 
 
 def import_all(folder, value, **others):
-  summary = coco.import_coco(
-    write(folder, value), folder, folder / "out", progress=False, shards=2, **others
+  summary = verbalize_photographs(
+    write(folder, value), folder, folder / "out", progress=False, **others
   )
   return summary, list(stages.read_records(folder / "out"))
 
@@ -195,7 +196,7 @@ def test_a_missing_file_is_named(tmp_path):
 
 @pytest.mark.skipif(not REAL_SAMPLE.exists(), reason="the sample photographs are not here")
 def test_real_photographs(tmp_path):
-  summary = coco.import_coco(
+  summary = verbalize_photographs(
     REAL_SAMPLE / "instances.json", REAL_SAMPLE / "images", tmp_path / "out", progress=False
   )
   assert (summary["records"], summary["regions"] + summary["crowds"]) == (14, 119)
@@ -210,4 +211,6 @@ def test_real_photographs(tmp_path):
 
 def test_a_wrong_image_folder_is_an_error_and_not_an_empty_import(folder):
   with pytest.raises(DataError, match=r"holds no records \(2 rejected\)"):
-    coco.import_coco(write(folder, content()), folder / "nowhere", folder / "out", progress=False)
+    verbalize_photographs(
+      write(folder, content()), folder / "nowhere", folder / "out", progress=False
+    )
