@@ -13,6 +13,7 @@ import json
 from pathlib import Path
 import sys
 
+from flax import nnx
 import jax
 import numpy as np
 
@@ -29,7 +30,7 @@ from data_pipeline import (
 from data_pipeline.corpus import Corpus, open_corpus
 from data_pipeline.lck import build_lck, publish_lck
 from data_pipeline.sources import scenes
-from lskd_jax import evidence, parallel
+from lskd_jax import evidence, features, parallel
 from lskd_jax.evaluate import scenes as benchmark
 from lskd_jax.evaluate.candidates import Scorer
 from lskd_jax.judged import judged_corpus
@@ -121,12 +122,19 @@ def run_config(work: Path, name: str, run: str):
 
 
 def words(work: Path) -> None:
-  """Stage 0: the ViT."""
-  train(run_config(work, "scenes_words", "words"), work / "runs" / "words")
+  """Stage 0: the ViT, and what it says of every picture, which all later runs share."""
+  run = train(run_config(work, "scenes_words", "words"), work / "runs" / "words")
+
+  def see():
+    model = build.load(run.model)
+    vit = nnx.merge(model.graph, model.state).vit
+    features.cached_features(vit, open_corpus(work / "taught", work / "words" / "images"),
+                             work / "features")
+  on_mesh(see)
 
 
 def captions(work: Path) -> None:
-  """Stage 1: the arm `pretrained`; and the features every arm shares."""
+  """Stage 1: the arm `pretrained`."""
   config = run_config(work, "scenes_captions", "captions")
   config.init.model = str(work / "runs" / "words" / "model")
   config.data.features = str(work / "features")

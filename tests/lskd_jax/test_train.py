@@ -333,6 +333,7 @@ def test_a_critic_learns_judgements_from_the_students_features(folder, student, 
     (dict(task="teacher"), "task 'teacher' is unknown: choose tagger, student, critic"),
     (dict(train=dict(mesh=(64, 1))), "mesh 64x1 needs 64 devices, .* set train.mesh"),
     (dict(task="tagger", train=dict(microbatches=2)), "train.microbatches=2: a tagger"),
+    (dict(task="critic", data=dict(texts=dict(captions=0.1))), "data.texts.captions=0.1: a critic"),
 ])
 def test_what_cannot_be_trained_is_one_line(folder, tmp_path, groups, error):
   with pytest.raises(ValueError, match=error) as caught:
