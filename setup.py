@@ -32,6 +32,9 @@ setup(
         "flax>=0.12.8,<0.13",  # NNX modules as plain pytrees; metadata keys were renamed in 0.12.4
         "optax>=0.2.8,<0.3",  # a checkpoint holds the optimizer's state as optax lays it out
         "orbax-checkpoint>=0.12.8,<0.13",  # the layout on disk and the errors were tested with it
+        "tensorstore>=0.1.86",  # reads a row of a stored array; comes with orbax
+        "safetensors>=0.8,<0.9",  # PyTorch's weights; comes with transformers
+        "ml-dtypes>=0.5",  # bfloat16 for NumPy; comes with jax
         "etils[epath]>=1.15",  # paths on a disk or in a bucket; comes with orbax
         "ml-collections>=1.1,<2",  # configs, and flags that override them
         "tensorboardX>=2.6.5,<3",  # TensorBoard's files without TensorFlow

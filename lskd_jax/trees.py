@@ -18,6 +18,7 @@ from jax.experimental import multihost_utils
 from jax.sharding import AbstractMesh, NamedSharding, PartitionSpec, SingleDeviceSharding
 import numpy as np
 import orbax.checkpoint as ocp
+import tensorstore
 
 NAMES_SHOWN = 20  # in one error line: a wrong config can mismatch thousands of leaves
 
@@ -107,7 +108,8 @@ def _sum_of_own_shards(leaf) -> int:
 def _weighted_sum(values: np.ndarray, starts) -> int:
   """The sum over one shard, whose first value has the index `starts` in the whole array."""
   unsigned = {1: np.uint8, 2: np.uint16, 4: np.uint32}[values.dtype.itemsize]
-  sums = np.ascontiguousarray(values).view(unsigned).reshape(values.shape).astype(np.uint32)
+  sums = np.ascontiguousarray(values).view(unsigned).reshape(values.shape)
+  sums = sums.astype(np.uint32, copy=False)
   for axis in reversed(range(values.ndim)):
     index = np.arange(starts[axis], starts[axis] + values.shape[axis], dtype=np.uint32)
     # 2654435761 is Knuth's multiplicative hash: it spreads neighbours, so that swapped values show.
@@ -250,3 +252,49 @@ def read_tree(directory: epath.Path, target=None, mesh=None):
   named = named_leaves(tree)
   check_values(manifest, named, directory)
   return tree if target is None else fill(target, named)
+
+
+class LeafReader:
+  """Reads what `write_tree` wrote piece by piece: in memory is one piece at a time.
+
+  Args:
+    directory: the folder.
+
+  Raises:
+    CheckpointError: not such a folder.
+  """
+
+  def __init__(self, directory: epath.Path):
+    self.directory = epath.Path(directory).absolute()
+    self.manifest = read_manifest(self.directory)
+    self._stores: dict[str, tensorstore.TensorStore] = {}
+    self._sums = dict.fromkeys(self.manifest, 0)
+    self._read: dict[str, set] = {name: set() for name in self.manifest}
+
+  def read(self, name: str, row: int | None = None) -> np.ndarray:
+    """A leaf, or one row of its first axis. CheckpointError where the file is damaged."""
+    try:
+      if name not in self._stores:
+        scheme = "" if "://" in str(self.directory) else "file://"
+        place = {"driver": "ocdbt", "base": f"{scheme}{self.directory}/",
+                 "path": name.replace("/", ".") + "/"}
+        self._stores[name] = tensorstore.open({"driver": "zarr", "kvstore": place}).result()
+      store = self._stores[name]
+      values = (store if row is None else store[row:row + 1]).read().result()
+    except ValueError as error:
+      raise CheckpointError(f"{self.directory} is damaged: {one_line(error)}") from error
+    if row not in self._read[name]:
+      self._read[name].add(row)
+      self._sums[name] += _weighted_sum(values, ((row or 0),) + (0,) * (values.ndim - 1))
+    return values if row is None else values[0]
+
+  def check(self) -> None:
+    """Raises CheckpointError if a leaf that was read as a whole, or row by row, is damaged."""
+    wrong = []
+    for name, about in self.manifest.items():
+      rows = self._read[name]
+      complete = rows == {None} or about["shape"] and rows == set(range(about["shape"][0]))
+      if complete and self._sums[name] % 2**32 != about["fingerprint"]:
+        wrong.append(name)
+    if wrong:
+      raise CheckpointError(f"{self.directory} is damaged: values changed on disk in {listed(wrong)}")

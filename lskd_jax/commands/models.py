@@ -1,4 +1,4 @@
-"""`lskd demo`, `train`, `eval` and `score`."""
+"""`lskd demo`, `train`, `eval`, `score`, `import` and `export`."""
 import json
 from pathlib import Path
 
@@ -52,6 +52,35 @@ def add_verbs(verbs) -> None:
                  metavar="x1,y1,x2,y2", help="in pixels of the picture; the k-th is [k], from 0")
   p.add_argument("--text", required=True, nargs="+", action="extend", metavar="TEXT")
 
+  p = add_verb(verbs, "import", import_weights, "make a model directory from PyTorch's weights",
+               "lskd import --from hf blip2-itm-vit-g --image-size 364 --out models/blip2")
+  p.add_argument("--from", dest="format", required=True, choices=("hf", "lavis"),
+                 help="hf: a folder of transformers' Blip2ForImageTextRetrieval, with its tokenizer; "
+                 "lavis: a .pth file of LAVIS's stage-1 model, such as blip2_pretrained.pth")
+  p.add_argument("source", type=Path, metavar="SRC")
+  p.add_argument("--out", required=True, type=Path, metavar="DIR", help="the model directory")
+  p.add_argument("--image-size", type=count, metavar="PX",
+                 help="of the student's pictures; position embeddings are stretched to it (default: "
+                 "as the source)")
+  p.add_argument("--max-regions", type=count, default=8, metavar="N",
+                 help="slots that texts can mention (default: 8)")
+  group = p.add_argument_group("lavis, whose files hold weights only")
+  group.add_argument("--tokenizer", type=Path, metavar="DIR",
+                     help="a folder with the vocab.txt or tokenizer.json of bert-base-uncased")
+  group.add_argument("--vit", type=Path, metavar="FILE",
+                     help="the frozen ViT where SRC has none: eva_vit_g.pth")
+  group.add_argument("--config", type=Path, metavar="FILE",
+                     help="a config file with the sizes (default: those of BLIP-2 with ViT-g/14)")
+
+  p = add_verb(verbs, "export", export_weights, "hand a student to PyTorch users",
+               "lskd export --to hf --model runs/student/model --out export")
+  p.add_argument("--to", dest="format", required=True, choices=("hf",),
+                 help="hf: a folder for transformers' from_pretrained")
+  p.add_argument("--model", required=True, type=Path, metavar="DIR")
+  p.add_argument("--out", required=True, type=Path, metavar="DIR", help="a new or empty folder")
+  p.add_argument("--dtype", default="float32", choices=("float32", "float16", "bfloat16"),
+                 help="of the tensors; the Q-Former stays float32 (default: float32)")
+
 
 def demo(args) -> None:
   """Everything on drawn scenes."""
@@ -92,3 +121,36 @@ def score(args) -> None:
   found = predictor.load(args.model).score(args.image, args.region, args.text)
   for row in found:
     print(json.dumps(row, ensure_ascii=False))
+
+
+def import_weights(args) -> None:
+  """PyTorch's weights to a model directory."""
+  if args.format == "hf":
+    for name in ("tokenizer", "vit", "config"):
+      if getattr(args, name):
+        args.parser.error(f"--{name} is for --from lavis; a transformers folder has its own")
+    from lskd_jax.convert import hf
+    found = hf.import_hf(args.source, args.out, image_size=args.image_size,
+                         max_regions=args.max_regions)
+  else:
+    if not args.tokenizer:
+      args.parser.error("--from lavis needs --tokenizer DIR, since SRC holds weights only")
+    from lskd_jax.config_files import load_config
+    from lskd_jax.convert import lavis
+    from lskd_jax.models.student import student_config
+    config = load_config(args.config or "configs/common.py")
+    sizes = {**config.model.to_dict(), "max_regions": args.max_regions}
+    found = lavis.import_lavis(args.source, args.out, config=student_config(sizes),
+                               tokenizer_dir=args.tokenizer, vit=args.vit,
+                               image_size=args.image_size)
+  print(f"import: {found.model}")
+  if found.fresh:
+    parts = dict.fromkeys("cross-attention gates" if name.endswith("cross/gate") else
+                          name.split("/")[0] for name in found.fresh)
+    print(f"not in {args.source}, so at their initial values: {', '.join(parts)}")
+
+
+def export_weights(args) -> None:
+  """A student's model directory to PyTorch's weights."""
+  from lskd_jax.convert import hf
+  print(f"export: {hf.export_hf(args.model, args.out, dtype=args.dtype)}")

@@ -16,10 +16,11 @@ from data_pipeline.corpus import open_corpus
 from data_pipeline.sources import scenes
 from lskd_jax import cli
 from lskd_jax.train import Run
+from lskd_jax.trees import read_manifest
 from tests.lskd_jax.tiny_models import OVERRIDES, make_model
 
 ROOT = Path(__file__).resolve().parents[2]
-VERBS = ["demo", "train", "eval", "score", *(f"corpus {stage}" for stage in (
+VERBS = ["demo", "train", "eval", "score", "import", "export", *(f"corpus {stage}" for stage in (
   "verbalize", "teach", "judge", "score", "filter", "build", "report", "publish"))]
 
 
@@ -315,3 +316,29 @@ def test_the_installed_command_says_errors_in_one_line(tmp_path):
   assert done.returncode == 1
   assert done.stderr == (f"lskd: error: {tmp_path / 'nothing'}: does not exist; give the folder a "
                          "stage was written to\n")
+
+
+def test_weights_out_and_in_again(tmp_path, capsys):
+  """To transformers and back: the same scores."""
+  model = make_model(tmp_path / "model")
+  lskd("export", "--to", "hf", "--model", model, "--out", tmp_path / "hf")
+  lskd("import", "--from", "hf", tmp_path / "hf", "--out", tmp_path / "again")
+  told = capsys.readouterr().out
+  assert told == f"export: {tmp_path / 'hf'}\nimport: {tmp_path / 'again'}\n"
+  assert trees_of(model) == trees_of(tmp_path / "again")
+
+
+def trees_of(model):
+  """{leaf: fingerprint} of a model directory."""
+  return {name: leaf["fingerprint"] for name, leaf in read_manifest(model / "params").items()}
+
+
+@pytest.mark.parametrize("words,error", [
+  ("--from lavis x.pth", "--from lavis needs --tokenizer DIR"),
+  ("--from hf x --vit eva.pth", "--vit is for --from lavis"),
+])
+def test_what_an_import_needs_depends_on_its_source(words, error, capsys, tmp_path):
+  with pytest.raises(SystemExit) as caught:
+    cli.main(["import", *words.split(), "--out", str(tmp_path / "model")])
+  assert caught.value.code == 2
+  assert error in capsys.readouterr().err

@@ -1,0 +1,1 @@
+"""Weights of PyTorch's BLIP-2 in and out."""

@@ -1,0 +1,99 @@
+"""A student's model directory from tensors of PyTorch, whatever the names they come under."""
+from collections.abc import Callable
+import dataclasses
+from pathlib import Path
+import shutil
+import tempfile
+from typing import NamedTuple
+
+from flax import nnx
+import jax
+import numpy as np
+from tqdm import tqdm
+
+from data_pipeline import tokenizer as tokenizers
+from lskd_jax import checkpoint, parallel, trees
+from lskd_jax.convert import tables
+from lskd_jax.convert.positions import resize_positions
+from lskd_jax.convert.tensors import Tensor
+from lskd_jax.models import build
+from lskd_jax.models.student import StudentConfig
+from lskd_jax.trees import CheckpointError
+
+POSITIONS = "vit/positions"
+
+
+class Imported(NamedTuple):
+  """What an import made: the model directory, and our leaves that the source had nothing for."""
+  model: Path
+  fresh: list[str]
+
+
+def write_student(config: StudentConfig, table: list[tables.Entry], found: dict[str, Tensor],
+                  out: Path | str, *, tokenizer_dir: Path, own: dict[str, Tensor] | None = None,
+                  image_size: int | None = None, seed: int = 0, progress: bool = True) -> Imported:
+  """Fills a student's leaves from PyTorch's tensors and writes its model directory.
+
+  The leaves are files while they are filled, so memory holds a tensor at a time.
+
+  Args:
+    config: of the source; the student's, but for the image size and the start token of its tokenizer.
+    table, found: what `tables.check` has compared.
+    own: whole leaves under our own names.
+    image_size: side of the student's pictures, px; None = as the source.
+    seed: of the leaves that neither has.
+  """
+  tokenizer = tokenizers.load_tokenizer(tokenizer_dir)
+  config = dataclasses.replace(config, decoder_start=tokenizers.token_id(tokenizer, tokenizers.DEC))
+  source_positions = (1 + config.vit.grid**2, config.vit.width)
+  if image_size is not None:
+    if image_size < config.vit.patch:
+      raise CheckpointError(f"image size {image_size} is less than a patch, {config.vit.patch} px")
+    config = dataclasses.replace(config, vit=dataclasses.replace(config.vit, image_size=image_size))
+  make = build.maker("student", config, tokenizer)
+  with jax.set_mesh(parallel.make_mesh((1, 1), jax.local_devices()[:1])):
+    state = nnx.split(nnx.eval_shape(lambda: make(nnx.Rngs(0))))[1].filter(nnx.Param)
+    shapes = {name: leaf.shape for name, leaf in trees.named_leaves(state).items()}
+    own, rest = own or {}, tables.uncovered(table, {**shapes, POSITIONS: source_positions})
+    odd = [name for name in own if name not in rest or own[name].shape != shapes[name]]
+    if odd:
+      raise CheckpointError(f"the side file does not fit this model: {trees.listed(odd)}")
+    fresh = [name for name in rest if name not in own]
+    out = Path(out).absolute()
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}.") as folder:
+      leaves = {name: np.lib.format.open_memmap(f"{folder}/{k}.npy", "w+", np.float32, shape)
+                for k, (name, shape) in enumerate(shapes.items())}
+      for entry in tqdm(table, "import", unit="tensor", disable=not progress, leave=False):
+        tensor = found[entry.theirs].read()
+        part = leaves[entry.ours][(*entry.at, ...)]
+        if entry.ours == POSITIONS:
+          part[...] = resize_positions(tensor.reshape(source_positions), config.vit.grid)
+        else:
+          part[...] = tables.to_ours(entry, tensor, part.shape)
+      for name, tensor in own.items():
+        leaves[name][...] = tensor.read()
+      for name, values in _initial(make, fresh, seed).items():
+        leaves[name][...] = values
+      words = Path(folder, "tokenizer")
+      words.mkdir()
+      for file in tokenizer_files(tokenizer_dir):
+        shutil.copy(file, words)
+      about = {"format": 1, "kind": "student", "model": dataclasses.asdict(config)}
+      checkpoint.save_model(out, about, trees.nest(leaves), words)
+  return Imported(out, fresh)
+
+
+def _initial(make: Callable, names: list[str], seed: int) -> dict[str, np.ndarray]:
+  """Fresh values of some leaves; what is not asked for is not computed."""
+  @jax.jit
+  def init(key):
+    named = trees.named_leaves(nnx.split(make(nnx.Rngs(key)))[1].filter(nnx.Param))
+    return {name: named[name] for name in names}
+  return jax.device_get(init(jax.random.key(seed)))
+
+
+def tokenizer_files(folder: Path) -> list[Path]:
+  """The files of a folder that make its tokenizer."""
+  names = ("tokenizer.json", "tokenizer_config.json", "vocab.txt", "special_tokens_map.json")
+  return [Path(folder, name) for name in names if Path(folder, name).exists()]

@@ -1,0 +1,261 @@
+"""Which tensor of a PyTorch BLIP-2 is which part of which leaf of ours: one explicit table.
+
+Two schemes of names: `HF`, transformers' `Blip2ForImageTextRetrieval`, and `LAVIS`, the stage-1 model
+of salesforce/LAVIS (`Blip2Qformer`), from which the authors' checkpoints and LSKD's come. The tensors
+are the same; LAVIS stores no key bias of the ViT, and has the language head and ITC's temperature,
+which transformers leaves out.
+
+A table is a bijection: `check` refuses a checkpoint with a key too many, a key too few or another
+shape, in one line that lists all of them.
+"""
+from collections.abc import Iterable
+import dataclasses
+import math
+from typing import NamedTuple
+
+import numpy as np
+
+from lskd_jax.models.student import StudentConfig
+from lskd_jax.trees import CheckpointError, listed
+
+
+class Entry(NamedTuple):
+  """One tensor of theirs and the part of our leaf that it fills.
+
+  theirs, shape: its key and shape in PyTorch.
+  ours: the name of our leaf. at: leading indices into it (the block of a stack, q k or v), () = all.
+  layout: how the numbers are arranged: `same` order; `linear`, a kernel that PyTorch stores as
+    [outputs, inputs] and we as inputs + outputs; `patches`, a convolution whose stride is its size.
+  """
+  theirs: str
+  shape: tuple[int, ...]
+  ours: str
+  at: tuple[int, ...] = ()
+  layout: str = "same"
+
+
+@dataclasses.dataclass(frozen=True)
+class Scheme:
+  """The names of one PyTorch implementation. {i} is a block's number.
+
+  vit_*: of the ViT. key_bias: whether the ViT's q, k and v share one bias tensor, or only q and v
+  have one each. qformer_*: of the Q-Former; `inner` is the word between an attention and its
+  query, key and value. *_proj: of the contrastive embeddings. language_head, temperature: "" = none.
+  ignored: keys that hold nothing to load.
+  """
+  vit_class: str
+  vit_positions: str
+  vit_patches: str
+  vit_block: str
+  vit_norms: tuple[str, str]
+  vit_attention: tuple[str, str]
+  key_bias: bool
+  ln_vision: str
+  words: str
+  positions: str
+  qformer_norm: str
+  qformer_block: str
+  inner: str
+  vision_proj: str
+  text_proj: str
+  language_head: str = ""
+  temperature: str = ""
+  ignored: tuple[str, ...] = ()
+
+
+HF = Scheme(
+    vit_class="vision_model.embeddings.class_embedding",
+    vit_positions="vision_model.embeddings.position_embedding",
+    vit_patches="vision_model.embeddings.patch_embedding",
+    vit_block="vision_model.encoder.layers.{i}.",
+    vit_norms=("layer_norm1", "layer_norm2"),
+    vit_attention=("self_attn.qkv", "self_attn.projection"),
+    key_bias=True,
+    ln_vision="vision_model.post_layernorm",
+    words="embeddings.word_embeddings.weight",
+    positions="embeddings.position_embeddings.weight",
+    qformer_norm="qformer.layernorm",
+    qformer_block="qformer.encoder.layer.{i}.",
+    inner="attention",
+    vision_proj="vision_projection",
+    text_proj="text_projection",
+    ignored=("embeddings.position_ids",),  # a buffer that transformers 4 stored
+)
+LAVIS = Scheme(
+    vit_class="visual_encoder.cls_token",
+    vit_positions="visual_encoder.pos_embed",
+    vit_patches="visual_encoder.patch_embed.proj",
+    vit_block="visual_encoder.blocks.{i}.",
+    vit_norms=("norm1", "norm2"),
+    vit_attention=("attn.qkv", "attn.proj"),
+    key_bias=False,
+    ln_vision="ln_vision",
+    words="Qformer.bert.embeddings.word_embeddings.weight",
+    positions="Qformer.bert.embeddings.position_embeddings.weight",
+    qformer_norm="Qformer.bert.embeddings.LayerNorm",
+    qformer_block="Qformer.bert.encoder.layer.{i}.",
+    inner="self",
+    vision_proj="vision_proj",
+    text_proj="text_proj",
+    language_head="Qformer.cls.predictions",
+    temperature="temp",
+    # A buffer, and two tensors that are tied to others.
+    ignored=("Qformer.bert.embeddings.position_ids", "Qformer.cls.predictions.decoder.weight",
+             "Qformer.cls.predictions.decoder.bias"),
+)
+
+
+def student_table(config: StudentConfig, scheme: Scheme) -> list[Entry]:
+  """Every tensor of a stage-1 BLIP-2 of this size."""
+  width, vision, embed = config.qformer.width, config.vit.width, config.embed
+  return [
+      *vit_table(config, scheme),
+      *_norm(scheme.ln_vision, "ln_vision", vision),
+      Entry(scheme.words, (config.qformer.vocabulary, width), "qformer/words"),
+      Entry(scheme.positions, (config.qformer.max_tokens, width), "qformer/positions"),
+      Entry("query_tokens", (1, config.qformer.queries, width), "qformer/query_tokens"),
+      *_norm(scheme.qformer_norm, "qformer/norm", width),
+      *_qformer_blocks(config, scheme),
+      *_linear(scheme.vision_proj, "vision_proj", width, embed),
+      *_linear(scheme.text_proj, "text_proj", width, embed),
+      *_linear("itm_head", "itm_head", width, 2),
+      *_language_head(config, scheme),
+      *([Entry(scheme.temperature, (), "log_temperature")] if scheme.temperature else []),
+  ]
+
+
+def vit_table(config: StudentConfig, scheme: Scheme) -> list[Entry]:
+  """The ViT's tensors alone: LAVIS keeps a frozen ViT in a file of its own."""
+  vit = config.vit
+  block = "vit/stack/blocks"
+  table = [
+      Entry(scheme.vit_class, (1, 1, vit.width), "vit/class_token"),
+      Entry(scheme.vit_positions, (1, 1 + vit.grid**2, vit.width), "vit/positions"),
+      Entry(f"{scheme.vit_patches}.weight", (vit.width, 3, vit.patch, vit.patch),
+            "vit/patchify/kernel", (), "patches"),
+      Entry(f"{scheme.vit_patches}.bias", (vit.width,), "vit/patchify/bias"),
+  ]
+  qkv, out = scheme.vit_attention
+  for i in range(vit.depth):
+    prefix = scheme.vit_block.format(i=i)
+    for ours, theirs in zip(("norm1", "norm2"), scheme.vit_norms):
+      table += _norm(prefix + theirs, f"{block}/{ours}", vit.width, (i,))
+    table.append(Entry(f"{prefix}{qkv}.weight", (3 * vit.width, vit.width), f"{block}/qkv/kernel",
+                       (i,), "linear"))
+    if scheme.key_bias:
+      table.append(Entry(f"{prefix}{qkv}.bias", (3 * vit.width,), f"{block}/qkv/bias", (i,)))
+    else:
+      attention = prefix + qkv.rpartition(".")[0]
+      table += [Entry(f"{attention}.{name}_bias", (vit.width,), f"{block}/qkv/bias", (i, row))
+                for name, row in (("q", 0), ("v", 2))]
+    table += _linear(prefix + out, f"{block}/out", vit.width, vit.width, (i,))
+    table += _linear(f"{prefix}mlp.fc1", f"{block}/mlp/up", vit.width, vit.hidden, (i,))
+    table += _linear(f"{prefix}mlp.fc2", f"{block}/mlp/down", vit.hidden, vit.width, (i,))
+  return table
+
+
+def _qformer_blocks(config: StudentConfig, scheme: Scheme) -> Iterable[Entry]:
+  size, width = config.qformer, config.qformer.width
+  for i in range(size.depth):
+    group, member = divmod(i, size.cross_every)
+    ours, theirs = f"qformer/stack/blocks/blocks/{member}", scheme.qformer_block.format(i=i)
+    attentions = [("attention", "attention", width)]
+    if member == 0:
+      attentions.append(("cross", "crossattention", config.vit.width))
+    for name, key, memory in attentions:
+      for part, inputs in (("query", width), ("key", memory), ("value", memory)):
+        yield from _linear(f"{theirs}{key}.{scheme.inner}.{part}", f"{ours}/{name}/{part}", inputs,
+                           width, (group,))
+      yield from _linear(f"{theirs}{key}.output.dense", f"{ours}/{name}/out", width, width, (group,))
+      yield from _norm(f"{theirs}{key}.output.LayerNorm", f"{ours}/{name}/norm", width, (group,))
+    for name, suffix in (("text_forward", ""), ("query_forward", "_query")):
+      yield from _linear(f"{theirs}intermediate{suffix}.dense", f"{ours}/{name}/mlp/up", width,
+                         size.hidden, (group,))
+      yield from _linear(f"{theirs}output{suffix}.dense", f"{ours}/{name}/mlp/down", size.hidden,
+                         width, (group,))
+      yield from _norm(f"{theirs}output{suffix}.LayerNorm", f"{ours}/{name}/norm", width, (group,))
+
+
+def _language_head(config: StudentConfig, scheme: Scheme) -> Iterable[Entry]:
+  if scheme.language_head:
+    width = config.qformer.width
+    yield Entry(f"{scheme.language_head}.bias", (config.qformer.vocabulary,), "language_head/bias")
+    transform = f"{scheme.language_head}.transform"
+    yield from _linear(f"{transform}.dense", "language_head/dense", width, width)
+    yield from _norm(f"{transform}.LayerNorm", "language_head/norm", width)
+
+
+def _linear(theirs: str, ours: str, inputs: int, outputs: int, at=()) -> list[Entry]:
+  return [Entry(f"{theirs}.weight", (outputs, inputs), f"{ours}/kernel", at, "linear"),
+          Entry(f"{theirs}.bias", (outputs,), f"{ours}/bias", at)]
+
+
+def _norm(theirs: str, ours: str, width: int, at=()) -> list[Entry]:
+  return [Entry(f"{theirs}.weight", (width,), f"{ours}/scale", at),
+          Entry(f"{theirs}.bias", (width,), f"{ours}/bias", at)]
+
+
+# --- numbers -------------------------------------------------------------------------------------
+
+
+def to_ours(entry: Entry, tensor: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
+  """A tensor of theirs as the part of our leaf that has this shape."""
+  if entry.ours == "log_temperature":
+    return np.log(tensor.astype(np.float64)).astype(np.float32)
+  if entry.layout == "linear":
+    tensor = tensor.T
+  elif entry.layout == "patches":
+    tensor = tensor.transpose(2, 3, 1, 0)
+  return tensor.reshape(shape)
+
+
+def to_theirs(entry: Entry, part: np.ndarray) -> np.ndarray:
+  """The inverse of `to_ours`: bit for bit, but for the temperature, of which we keep the logarithm."""
+  if entry.ours == "log_temperature":
+    return np.exp(part.astype(np.float64)).astype(np.float32)
+  if entry.layout == "linear":
+    return part.reshape(entry.shape[::-1]).T
+  if entry.layout == "patches":
+    width, colours, high, wide = entry.shape
+    return part.reshape(high, wide, colours, width).transpose(3, 2, 0, 1)
+  return part.reshape(entry.shape)
+
+
+# --- checks --------------------------------------------------------------------------------------
+
+
+def check(table: list[Entry], found: dict[str, tuple[int, ...]], ignored: Iterable[str],
+          where) -> None:
+  """Raises one CheckpointError that lists every key too few, too many or of another shape.
+
+  found: {key: shape} of a checkpoint.
+  """
+  wanted = {entry.theirs: entry.shape for entry in table}
+  show = lambda shape: "x".join(map(str, shape)) or "scalar"
+  problems = {
+      "missing": [key for key in wanted if key not in found],
+      "unknown": [key for key in found if key not in wanted and key not in ignored],
+      "of another shape": [f"{key} ({show(found[key])}, the config says {show(shape)})"
+                           for key, shape in wanted.items() if found.get(key, shape) != shape],
+  }
+  text = "; ".join(f"{what}: {listed(keys)}" for what, keys in problems.items() if keys)
+  if text:
+    raise CheckpointError(f"{where} is not the BLIP-2 that its config describes: {text}")
+
+
+def uncovered(table: list[Entry], shapes: dict[str, tuple[int, ...]]) -> list[str]:
+  """Our leaves that no entry fills, such as the region tokens.
+
+  Raises AssertionError where a leaf is filled twice or in part, other than by LAVIS's ViT without
+  key biases: the table itself would be wrong.
+  """
+  filled: dict[str, int] = {}
+  places = set()
+  for entry in table:
+    assert (entry.ours, entry.at) not in places, entry
+    places.add((entry.ours, entry.at))
+    filled[entry.ours] = filled.get(entry.ours, 0) + math.prod(entry.shape)
+  for name, count in filled.items():
+    size = math.prod(shapes[name])
+    assert count == size or name == "vit/stack/blocks/qkv/bias" and 3 * count == 2 * size, name
+  return [name for name in shapes if name not in filled]
