@@ -1,7 +1,8 @@
 """transformers' BLIP-2 in and out: folders that `from_pretrained` reads and `save_pretrained` writes.
 
 What transformers has no place for (region tokens, the language head, ITC's temperature) travels in
-a side file, `lskd.safetensors`, under our names; with it, a student comes back bit for bit.
+a side file, `lskd.safetensors`, under our names; with it, a student comes back bit for bit, and
+`modeling_lskd.py`, which travels along, runs it in PyTorch.
 """
 import dataclasses
 import functools
@@ -14,6 +15,7 @@ import ml_dtypes
 import numpy as np
 from tqdm import tqdm
 
+from data_pipeline import tokenizer as tokenizers
 import lskd_jax
 from lskd_jax import checkpoint, trees
 from lskd_jax.convert import tables, tensors
@@ -24,6 +26,8 @@ from lskd_jax.models.vit import PIXEL_MEAN, PIXEL_STD, VitConfig
 from lskd_jax.trees import CheckpointError, one_line
 
 SIDE_FILE = "lskd.safetensors"
+CODE = "modeling_lskd.py"  # what runs the side file in PyTorch
+TABLE = "table/"           # of the side file: what follows from the tokenizer, for that code
 DTYPES = {"float32": np.float32, "float16": np.float16, "bfloat16": ml_dtypes.bfloat16}
 FLOAT32_PARTS = ("query_tokens", "qformer.")  # transformers keeps these in float32 in any export
 
@@ -56,6 +60,7 @@ def import_hf(source: Path | str, out: Path | str, *, image_size: int | None = N
   tables.check(table, {key: tensor.shape for key, tensor in found.items()}, tables.HF.ignored, source)
   side = source / SIDE_FILE
   extra = tensors.read_safetensors(side) if side.exists() else {}
+  extra = {name: tensor for name, tensor in extra.items() if not name.startswith(TABLE)}
   return write_student(config, table, found, out, tokenizer_dir=source, own=extra,
                        image_size=image_size, seed=seed, progress=progress)
 
@@ -158,9 +163,13 @@ def export_hf(model_dir: Path | str, out: Path | str, *, dtype: str = "float32",
     digests = tensors.write_folder(partial, planned, progress=bar)
     side = [tensors.Planned(name, shapes[name], np.dtype(np.float32),
                             functools.partial(reader.read, name)) for name in rest]
+    tokenizer = tokenizers.load_tokenizer(model_dir / "tokenizer")
+    found = tokenizers.mention_tables(tokenizer, config.max_regions)
+    side += [tensors.Planned(TABLE + name, values.shape, np.dtype(np.int32), functools.partial(
+        np.asarray, values, np.int32)) for name, values in zip(("opens_bracket", "digit"), found)]
     digests[SIDE_FILE] = tensors.write_safetensors(partial / SIDE_FILE, side)
     reader.check()
-    for file in tokenizer_files(model_dir / "tokenizer"):
+    for file in [*tokenizer_files(model_dir / "tokenizer"), Path(__file__).with_name(CODE)]:
       shutil.copy(file, partial)
     texts = {"config.json": json.dumps(hf_config(config, dtype), indent=2) + "\n",
              "preprocessor_config.json": json.dumps(image_processor(config), indent=2) + "\n",
@@ -194,6 +203,7 @@ def hf_config(config: StudentConfig, dtype: str) -> dict:
   vit, qformer = config.vit, config.qformer
   return {
       "architectures": ["Blip2ForImageTextRetrieval"],
+      "auto_map": {"AutoModel": f"{CODE.removesuffix('.py')}.LskdStudent"},
       "model_type": "blip-2",
       "dtype": dtype,
       "num_query_tokens": qformer.queries,
@@ -214,7 +224,7 @@ def hf_config(config: StudentConfig, dtype: str) -> dict:
           "use_qformer_text_input": True},
       "lskd": {"max_regions": config.max_regions, "sites": config.sites,
                "region_mode": config.region_mode, "vision_eps": config.vision_eps,
-               "temperature": config.temperature},
+               "temperature": config.temperature, "decoder_start": config.decoder_start},
   }
 
 
@@ -239,11 +249,13 @@ tags: [blip-2, image-text-matching, localized]
 Made with lskd_jax {lskd_jax.__version__}. Stage-1 BLIP-2 (ViT and Q-Former) for pictures of {side} px.
 
 ```python
-from transformers import Blip2ForImageTextRetrieval
-model = Blip2ForImageTextRetrieval.from_pretrained("this folder")
+from transformers import AutoModel, Blip2ForImageTextRetrieval
+student = AutoModel.from_pretrained("this folder", trust_remote_code=True)
+base = Blip2ForImageTextRetrieval.from_pretrained("this folder")
 ```
 
-transformers computes the base model, without regions. The region tokens, the language head and
-ITC's temperature are in `{SIDE_FILE}`; `lskd import --from hf` reads both and gives back the student
-as it was. {note}
+`student.score(pixel_values, boxes, input_ids)` scores texts that point at regions with `[0]`, `[1]`, …
+(`{CODE}`, self-contained). `base` is the same model without regions. The region tokens, the language
+head and ITC's temperature are in `{SIDE_FILE}`; `lskd import --from hf` gives back the student as it
+was. {note}
 """
