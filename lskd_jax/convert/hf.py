@@ -157,7 +157,7 @@ def export_hf(model_dir: Path | str, out: Path | str, *, dtype: str = "float32",
   shutil.rmtree(partial, ignore_errors=True)
   partial.mkdir(parents=True)
   try:
-    planned = [tensors.Planned(entry.theirs, entry.shape, _kind(entry.theirs, dtype),
+    planned = [tensors.Planned(entry.theirs, entry.shape, kept_as(entry.theirs, dtype),
                                functools.partial(_tensor, reader, entry)) for entry in table]
     bar = functools.partial(tqdm, desc="export", unit="tensor", disable=not progress, leave=False)
     digests = tensors.write_folder(partial, planned, progress=bar)
@@ -188,7 +188,8 @@ def export_hf(model_dir: Path | str, out: Path | str, *, dtype: str = "float32",
   return out
 
 
-def _kind(key: str, dtype: str) -> np.dtype:
+def kept_as(key: str, dtype: str) -> np.dtype:
+  """The dtype that an export in `dtype` gives a tensor."""
   return np.dtype(np.float32 if key.startswith(FLOAT32_PARTS) else DTYPES[dtype])
 
 
