@@ -1,6 +1,6 @@
 """Does ITM with region-swap negatives learn to tell [0] from [1]? Cold and warm start.
 
-    python benchmarks/itm_region_swap.py --demo demo [--steps 300] [--starts cold warm]
+    python benchmarks/itm_region_swap.py --demo demo [--steps 1000] [--starts cold warm]
 
 Needs a work directory of `lskd demo --full`. Trains the same student with the same batches twice on
 the true statements: `cold`, whose Q-Former starts from random weights, and `warm`, which starts from
@@ -33,7 +33,7 @@ STARTS = {"cold": "words", "warm": "ceiling"}  # the demo's run whose model each
 def main() -> None:
   parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
   parser.add_argument("--demo", type=Path, required=True)
-  parser.add_argument("--steps", type=int, default=300)
+  parser.add_argument("--steps", type=int, default=1000)
   parser.add_argument("--starts", nargs="+", choices=STARTS, default=list(STARTS))
   args = parser.parse_args()
   results = {}

@@ -26,7 +26,7 @@ from data_pipeline.stages import write_json
 from lskd_jax import checkpoint, features, losses, metrics, optim, parallel, step
 from lskd_jax.judged import judged_corpus, judgement_columns
 from lskd_jax.models import build
-from lskd_jax.models.student import student_config
+from lskd_jax.models.student import StudentConfig, student_config
 
 
 class Run(NamedTuple):
@@ -78,9 +78,7 @@ def _train(config, workdir: Path, mesh, evaluate, progress: bool) -> Run:
   tokenizer = tokenizers.load_tokenizer(tokenizer_dir)
 
   # --- model ---
-  sizes = config.model.to_dict()
-  sizes["qformer"]["vocabulary"] = tokenizer.get_vocab_size()
-  model_config = student_config({**sizes, "region_mode": config.data.region_mode})
+  model_config = sized(config, tokenizer)
   make = build.maker(config.task, model_config, tokenizer)
   graph, state = build.initialize(make, config.seed)
   if config.init.model:
@@ -191,6 +189,20 @@ def _train(config, workdir: Path, mesh, evaluate, progress: bool) -> Run:
   build.save(workdir / "model", config.task, model_config,
              nnx.merge_state(state["params"], frozen), tokenizer_dir)
   return Run(workdir / "model", steps, extended)
+
+
+def sized(config, tokenizer) -> StudentConfig:
+  """The model's sizes: the config's, and what follows from the tokenizer and from `init.model`."""
+  sizes = config.model.to_dict()
+  sizes |= {"region_mode": config.data.region_mode,
+            "decoder_start": tokenizers.token_id(tokenizer, tokenizers.DEC)}
+  sizes["qformer"]["vocabulary"] = tokenizer.get_vocab_size()
+  if config.init.model:
+    source = checkpoint.load_config(config.init.model)["model"]
+    sizes["vision_eps"] = source["vision_eps"]  # of imported weights, LAVIS's or transformers'
+    if not config.data.tokenizer:  # its embeddings may have more rows than its tokenizer has words
+      sizes["qformer"]["vocabulary"] = source["qformer"]["vocabulary"]
+  return student_config(sizes)
 
 
 def _peak(mesh):

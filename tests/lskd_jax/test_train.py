@@ -12,11 +12,12 @@ import pytest
 from configs import scenes
 from data_pipeline import corpus_stages, judge, stages
 from data_pipeline.records import DataError
+from data_pipeline.tokenizer import load_tokenizer
 from lskd_jax import checkpoint, parallel
 from lskd_jax.evaluate.candidates import Scorer
 from lskd_jax.metrics import read_metrics
 from lskd_jax.models import build
-from lskd_jax.train import Run, first_difference, needs_more, train
+from lskd_jax.train import Run, first_difference, needs_more, sized, train
 from lskd_jax.trees import named_leaves
 
 RATES = {"steps_per_second", "images_per_second", "statements_per_second", "data_wait_share", "mfu"}
@@ -339,3 +340,20 @@ def test_what_cannot_be_trained_is_one_line(folder, tmp_path, groups, error):
   with pytest.raises(ValueError, match=error) as caught:
     run(tiny_config(folder, **groups), tmp_path)
   assert "\n" not in str(caught.value)
+
+
+# --- sizes that follow from the start ------------------------------------------------------------
+
+
+def test_sizes_follow_the_tokenizer_and_the_weights_to_start_from(folder, tmp_path):
+  """A stock BERT vocabulary has [DEC] as its last word; transformers' ln_vision has its own eps."""
+  words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "[", "]", *map(str, range(10)), "dog"]
+  (tmp_path / "tokenizer").mkdir()
+  (tmp_path / "tokenizer" / "vocab.txt").write_text("\n".join(words))
+  start = {"model": {"vision_eps": 1e-6, "qformer": {"vocabulary": 40}}}
+  (tmp_path / "config.json").write_text(json.dumps(start))
+  tokenizer = load_tokenizer(tmp_path / "tokenizer")
+  sizes = sized(tiny_config(folder, init=dict(model=str(tmp_path))), tokenizer)
+  assert (sizes.decoder_start, sizes.vision_eps, sizes.qformer.vocabulary) == (len(words), 1e-6, 40)
+  sizes = sized(tiny_config(folder), tokenizer)
+  assert (sizes.vision_eps, sizes.qformer.vocabulary) == (1e-5, len(words) + 1)
