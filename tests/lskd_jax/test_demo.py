@@ -85,7 +85,7 @@ def test_tasks_share_the_cores(tmp_path, monkeypatch, capsys):
   machine = Machine(monkeypatch, [4, 7, 9])
   run_seed(tmp_path, PLAIN)
   assert sorted(machine.launched) == sorted(task.name for task in TASKS)
-  assert {"unfiltered", "heads_critic"} in machine.side_by_side
+  assert {"captions", "unfiltered"} in machine.side_by_side
   assert {"lskd", "none"} in machine.side_by_side
   alone = {task.name for task in TASKS if task.cores == 2}
   assert not any(alone & pair for pair in machine.side_by_side)

@@ -147,7 +147,7 @@ def test_damaged_files_are_one_line(made, tmp_path):
   torch.save(made[1], tmp_path / "whole.pth")
   data = (tmp_path / "whole.pth").read_bytes()
   (tmp_path / "cut.pth").write_bytes(data[:len(data) // 2])
-  (tmp_path / "pickle.pth").write_bytes(pickle.dumps(Payload()))
+  (tmp_path / "pickle.pth").write_bytes(pickle.dumps(Payload(), protocol=2))
   for name, error in (("cut.pth", "no complete .pth file"), ("none.pth", "is not there"),
                       ("pickle.pth", "holds more than tensors|no complete .pth file")):
     with pytest.raises(ValueError, match=error) as caught:
