@@ -83,7 +83,7 @@ def measure(*words) -> dict[str, float]:
   """Runs one `lskd` command: its seconds and its memory in MiB."""
   start = time.perf_counter()
   process = subprocess.Popen([sys.executable, "-m", "lskd_jax.cli", *map(str, words)],
-                             stdout=subprocess.DEVNULL)
+                             stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
   own = 0
   while process.poll() is None:
     try:

@@ -20,6 +20,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 import tensorstore
 
+PIECE = 2**25  # bytes: larger leaves of a folder are stored in pieces of about this size
 NAMES_SHOWN = 20  # in one error line: a wrong config can mismatch thousands of leaves
 
 
@@ -191,9 +192,12 @@ def tree_handler() -> ocp.PyTreeCheckpointHandler:
   return ocp.PyTreeCheckpointHandler(type_handler_registry=registry)
 
 
-def save_arguments(named: dict[str, object]) -> ocp.args.PyTreeSave:
-  """What orbax is told to save."""
-  return ocp.args.PyTreeSave(nest(named))
+def save_arguments(named: dict[str, object], by_row: bool = False) -> ocp.args.PyTreeSave:
+  """What orbax is told to save; `by_row` so that one row of a large leaf can be read by itself."""
+  def how(leaf) -> ocp.SaveArgs:
+    large = by_row and leaf.ndim and leaf.size * leaf.dtype.itemsize > PIECE
+    return ocp.SaveArgs(chunk_byte_size=PIECE, shard_axes=(0,)) if large else ocp.SaveArgs()
+  return ocp.args.PyTreeSave(nest(named), nest({name: how(leaf) for name, leaf in named.items()}))
 
 
 def restore_arguments(target: dict[str, object], mesh) -> ocp.args.PyTreeRestore:
@@ -209,7 +213,8 @@ def write_tree(directory: epath.Path, tree) -> dict[str, dict]:
   manifest = make_manifest(named)
   try:
     with ocp.Checkpointer(tree_handler()) as writer:
-      writer.save(directory, args=save_arguments(named), custom_metadata={"leaves": manifest})
+      writer.save(directory, args=save_arguments(named, by_row=True),
+                  custom_metadata={"leaves": manifest})
   except OSError as error:
     raise CheckpointError(f"cannot write {directory}: {one_line(error)}") from error
   return manifest

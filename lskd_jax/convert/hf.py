@@ -176,8 +176,9 @@ def export_hf(model_dir: Path | str, out: Path | str, *, dtype: str = "float32",
              "README.md": model_card(config, config_note)}
     for name, text in texts.items():
       (partial / name).write_text(text)
-    for file in sorted(partial.iterdir()):
-      digests.setdefault(file.name, hashlib.sha256(file.read_bytes()).hexdigest())
+    for file in partial.iterdir():
+      if file.name not in digests:  # the small ones; weights were summed up as they were written
+        digests[file.name] = hashlib.sha256(file.read_bytes()).hexdigest()
     sums = "".join(f"{digest}  {name}\n" for name, digest in sorted(digests.items()))
     (partial / "SHA256SUMS").write_text(sums)
     if out.exists():
