@@ -240,8 +240,7 @@ def save_model(directory, config: dict, params, tokenizer_dir=None) -> None:
   text = json.dumps(config, indent=2, sort_keys=True) + "\n"
   if tokenizer_dir is not None and not epath.Path(tokenizer_dir).is_dir():
     raise CheckpointError(f"{tokenizer_dir} is not a folder: expected a tokenizer's files")
-  if directory.exists() and any(directory.iterdir()) and not (directory / "config.json").exists():
-    raise CheckpointError(f"{directory} holds other files: choose a new or empty folder")
+  refuse_other_folder(directory)
   partial = directory.parent / f"{directory.name}.partial"
   if jax.process_index() == 0:
     _remove(partial)
@@ -259,6 +258,14 @@ def save_model(directory, config: dict, params, tokenizer_dir=None) -> None:
     partial.rename(directory)
     _remove(replaced)
   barrier("model directory is complete")
+
+
+def refuse_other_folder(directory) -> None:
+  """Raises CheckpointError for a folder with files that is no model directory: it is not replaced."""
+  directory = epath.Path(directory)
+  ours = all((directory / name).exists() for name in ("config.json", "params"))
+  if directory.exists() and any(directory.iterdir()) and not ours:
+    raise CheckpointError(f"{directory} holds other files: choose a new or empty folder")
 
 
 def load_model(directory, target=None, mesh=None) -> tuple[dict, object]:

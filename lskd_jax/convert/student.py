@@ -43,6 +43,7 @@ def write_student(config: StudentConfig, table: list[tables.Entry], found: dict[
     image_size: side of the student's pictures, px; None = as the source.
     seed: of the leaves that neither has.
   """
+  checkpoint.refuse_other_folder(out)  # before minutes of work
   tokenizer = tokenizers.load_tokenizer(tokenizer_dir)
   config = dataclasses.replace(config, decoder_start=tokenizers.token_id(tokenizer, tokenizers.DEC))
   source_positions = (1 + config.vit.grid**2, config.vit.width)

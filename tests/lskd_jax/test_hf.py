@@ -191,6 +191,15 @@ def test_a_damaged_model_directory_is_not_exported(tmp_path):
   assert not (tmp_path / "hf").exists()
 
 
+def test_an_import_never_replaces_its_source(saved):
+  """A transformers folder has a config.json, as a model directory has."""
+  folder = saved[1]
+  before = sorted(path.name for path in folder.iterdir())
+  with pytest.raises(CheckpointError, match="holds other files: choose a new or empty folder"):
+    hf.import_hf(folder, folder, progress=False)
+  assert sorted(path.name for path in folder.iterdir()) == before
+
+
 def test_an_export_never_overwrites(tmp_path):
   student = tiny_models.make_model(tmp_path / "student")
   (tmp_path / "hf").mkdir()
