@@ -134,17 +134,31 @@ def check_structure(manifest: dict[str, dict], target: dict[str, object], where)
   """Raises one line that names every leaf whose presence, shape or dtype differs from `target`."""
   def kind(shape, dtype):
     return f"{dtype}[{','.join(map(str, shape))}]"
-  disk = {name: kind(entry["shape"], entry["dtype"]) for name, entry in manifest.items()}
-  model = {name: kind(leaf.shape, leaf.dtype.name) for name, leaf in target.items()}
-  problems = {
-      "missing on disk": [name for name in model if name not in disk],
-      "on disk but not in the model": [name for name in disk if name not in model],
-      "different": [f"{name} ({disk[name]} on disk, {model[name]} in the model)"
-                    for name in model if name in disk and disk[name] != model[name]],
-  }
-  text = "; ".join(f"{what}: {listed(names)}" for what, names in problems.items() if names)
+  text = differences(
+      {name: kind(entry["shape"], entry["dtype"]) for name, entry in manifest.items()},
+      {name: kind(leaf.shape, leaf.dtype.name) for name, leaf in target.items()},
+      ("missing on disk", "on disk but not in the model", "different"),
+      "{} on disk, {} in the model")
   if text:
     raise CheckpointError(f"{where} does not fit this model: {text}")
+
+
+def differences(found: dict[str, str], wanted: dict[str, str], titles: tuple[str, str, str],
+                pair: str) -> str:
+  """Every name in which two sets of arrays differ, for an error line; "" where they agree.
+
+  Args:
+    found, wanted: {name: what is shown of it}.
+    titles: of the names that are missing, that are too many, and that differ.
+    pair: how the two sides of a name that differs are shown.
+  """
+  problems = (
+      [name for name in wanted if name not in found],
+      [name for name in found if name not in wanted],
+      [f"{name} ({pair.format(found[name], shown)})" for name, shown in wanted.items()
+       if found.get(name, shown) != shown],
+  )
+  return "; ".join(f"{title}: {listed(names)}" for title, names in zip(titles, problems) if names)
 
 
 def check_values(manifest: dict[str, dict], named: dict[str, object], where) -> None:

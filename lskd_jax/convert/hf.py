@@ -6,7 +6,6 @@ a side file, `lskd.safetensors`, under our names; with it, a student comes back 
 """
 import dataclasses
 import functools
-import hashlib
 import json
 from pathlib import Path
 import shutil
@@ -16,6 +15,7 @@ import numpy as np
 from tqdm import tqdm
 
 from data_pipeline import tokenizer as tokenizers
+from data_pipeline.manifest import sha256
 import lskd_jax
 from lskd_jax import checkpoint, trees
 from lskd_jax.convert import tables, tensors
@@ -104,9 +104,9 @@ def student_config_of(source: Path, max_regions: int) -> StudentConfig:
   except KeyError as error:
     raise CheckpointError(f"{path} has no {error.args[0]!r}; was it written by transformers 4.50 or "
                           "newer?") from None
+  except CheckpointError:
+    raise
   except (ValueError, TypeError) as error:
-    if isinstance(error, CheckpointError):
-      raise
     raise CheckpointError(f"{path} cannot be used: {one_line(error)}") from None
 
 
@@ -144,11 +144,6 @@ def export_hf(model_dir: Path | str, out: Path | str, *, dtype: str = "float32",
   if out.exists() and any(out.iterdir()):
     raise CheckpointError(f"{out} holds files: choose a new or empty folder")
   config = student_config(about["model"])
-  if config.vision_eps != config.vit.eps:
-    config_note = (f"ln_vision was trained with eps {config.vision_eps:g}; transformers computes it "
-                   f"with the ViT's, {config.vit.eps:g}.")
-  else:
-    config_note = ""
   table = tables.student_table(config, tables.HF)
   reader = trees.LeafReader(model_dir / "params")
   shapes = {name: tuple(entry["shape"]) for name, entry in reader.manifest.items()}
@@ -173,12 +168,12 @@ def export_hf(model_dir: Path | str, out: Path | str, *, dtype: str = "float32",
       shutil.copy(file, partial)
     texts = {"config.json": json.dumps(hf_config(config, dtype), indent=2) + "\n",
              "preprocessor_config.json": json.dumps(image_processor(config), indent=2) + "\n",
-             "README.md": model_card(config, config_note)}
+             "README.md": model_card(config)}
     for name, text in texts.items():
       (partial / name).write_text(text)
     for file in partial.iterdir():
       if file.name not in digests:  # the small ones; weights were summed up as they were written
-        digests[file.name] = hashlib.sha256(file.read_bytes()).hexdigest()
+        digests[file.name] = sha256(file)
     sums = "".join(f"{digest}  {name}\n" for name, digest in sorted(digests.items()))
     (partial / "SHA256SUMS").write_text(sums)
     if out.exists():
@@ -239,9 +234,12 @@ def image_processor(config: StudentConfig) -> dict:
           "image_std": list(PIXEL_STD)}
 
 
-def model_card(config: StudentConfig, note: str) -> str:
+def model_card(config: StudentConfig) -> str:
   """README.md of an exported student."""
-  side = config.vit.image_size
+  side, note = config.vit.image_size, ""
+  if config.vision_eps != config.vit.eps:
+    note = (f"ln_vision was trained with eps {config.vision_eps:g}; transformers computes it with "
+            f"the ViT's, {config.vit.eps:g}.")
   return f"""---
 library_name: transformers
 tags: [blip-2, image-text-matching, localized]

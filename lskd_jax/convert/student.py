@@ -80,8 +80,7 @@ def write_student(config: StudentConfig, table: list[tables.Entry], found: dict[
       words.mkdir()
       for file in tokenizer_files(tokenizer_dir):
         shutil.copy(file, words)
-      about = {"format": 1, "kind": "student", "model": dataclasses.asdict(config)}
-      checkpoint.save_model(out, about, trees.nest(leaves), words)
+      checkpoint.save_model(out, build.describe("student", config), trees.nest(leaves), words)
   return Imported(out, fresh)
 
 

@@ -16,7 +16,7 @@ from typing import NamedTuple
 import numpy as np
 
 from lskd_jax.models.student import StudentConfig
-from lskd_jax.trees import CheckpointError, listed
+from lskd_jax.trees import CheckpointError, differences
 
 
 class Entry(NamedTuple):
@@ -25,7 +25,8 @@ class Entry(NamedTuple):
   theirs, shape: its key and shape in PyTorch.
   ours: the name of our leaf. at: leading indices into it (the block of a stack, q k or v), () = all.
   layout: how the numbers are arranged: `same` order; `linear`, a kernel that PyTorch stores as
-    [outputs, inputs] and we as inputs + outputs; `patches`, a convolution whose stride is its size.
+    [outputs, inputs] and we as inputs + outputs; `patches`, a convolution whose stride is its size;
+    `log`, a number of which we keep the logarithm.
   """
   theirs: str
   shape: tuple[int, ...]
@@ -120,7 +121,7 @@ def student_table(config: StudentConfig, scheme: Scheme) -> list[Entry]:
       *_linear(scheme.text_proj, "text_proj", width, embed),
       *_linear("itm_head", "itm_head", width, 2),
       *_language_head(config, scheme),
-      *([Entry(scheme.temperature, (), "log_temperature")] if scheme.temperature else []),
+      *([Entry(scheme.temperature, (), "log_temperature", (), "log")] if scheme.temperature else []),
   ]
 
 
@@ -200,7 +201,7 @@ def _norm(theirs: str, ours: str, width: int, at=()) -> list[Entry]:
 
 def to_ours(entry: Entry, tensor: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
   """A tensor of theirs as the part of our leaf that has this shape."""
-  if entry.ours == "log_temperature":
+  if entry.layout == "log":
     return np.log(tensor.astype(np.float64)).astype(np.float32)
   if entry.layout == "linear":
     tensor = tensor.T
@@ -210,8 +211,8 @@ def to_ours(entry: Entry, tensor: np.ndarray, shape: tuple[int, ...]) -> np.ndar
 
 
 def to_theirs(entry: Entry, part: np.ndarray) -> np.ndarray:
-  """The inverse of `to_ours`: bit for bit, but for the temperature, of which we keep the logarithm."""
-  if entry.ours == "log_temperature":
+  """The inverse of `to_ours`: bit for bit, but for the rounding of a `log`."""
+  if entry.layout == "log":
     return np.exp(part.astype(np.float64)).astype(np.float32)
   if entry.layout == "linear":
     return part.reshape(entry.shape[::-1]).T
@@ -230,15 +231,10 @@ def check(table: list[Entry], found: dict[str, tuple[int, ...]], ignored: Iterab
 
   found: {key: shape} of a checkpoint.
   """
-  wanted = {entry.theirs: entry.shape for entry in table}
   show = lambda shape: "x".join(map(str, shape)) or "scalar"
-  problems = {
-      "missing": [key for key in wanted if key not in found],
-      "unknown": [key for key in found if key not in wanted and key not in ignored],
-      "of another shape": [f"{key} ({show(found[key])}, the config says {show(shape)})"
-                           for key, shape in wanted.items() if found.get(key, shape) != shape],
-  }
-  text = "; ".join(f"{what}: {listed(keys)}" for what, keys in problems.items() if keys)
+  text = differences({key: show(shape) for key, shape in found.items() if key not in ignored},
+                     {entry.theirs: show(entry.shape) for entry in table},
+                     ("missing", "unknown", "of another shape"), "{}, the config says {}")
   if text:
     raise CheckpointError(f"{where} is not the BLIP-2 that its config describes: {text}")
 

@@ -53,8 +53,12 @@ def initialize(make: Callable, seed: int):
 
 def save(directory, kind: str, config: StudentConfig, state: nnx.State, tokenizer_dir) -> None:
   """Writes a model directory."""
-  about = {"format": 1, "kind": kind, "model": dataclasses.asdict(config)}
-  checkpoint.save_model(directory, about, state.filter(nnx.Param), tokenizer_dir)
+  checkpoint.save_model(directory, describe(kind, config), state.filter(nnx.Param), tokenizer_dir)
+
+
+def describe(kind: str, config: StudentConfig) -> dict:
+  """The config.json of a model directory."""
+  return {"format": 1, "kind": kind, "model": dataclasses.asdict(config)}
 
 
 def load(directory) -> Model:

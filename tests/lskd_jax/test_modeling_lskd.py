@@ -5,6 +5,7 @@ import pytest
 import torch
 from transformers import AutoModel
 
+from data_pipeline.tokenizer import load_tokenizer
 from lskd_jax import parallel
 from lskd_jax.convert import hf
 from lskd_jax.evaluate.candidates import Scorer
@@ -63,5 +64,4 @@ def test_regions_matter(exported):
 
 
 def student_tokens(directory):
-  from data_pipeline.tokenizer import load_tokenizer
   return load_tokenizer(directory / "tokenizer").encode(TEXTS[0]).ids
