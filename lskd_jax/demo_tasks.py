@@ -206,7 +206,7 @@ def score_held_out(work: Path, graph, state, items, pixels, columns=benchmark.CO
   """Accuracies of a student; the ViT runs once per picture unless boxes are drawn on the pixels.
 
   heads: all items are chosen by the LM head; the other heads, which cost several times as much, are
-  measured on every n-th item, `heads` of them (0 = not at all).
+  measured on every n-th item, `heads` of them (0 = not at all: a quick look, without a bar).
   """
   scorer = Scorer(graph, state, heads=False)
   config = scorer.config
@@ -216,7 +216,8 @@ def score_held_out(work: Path, graph, state, items, pixels, columns=benchmark.CO
   def evaluate(scorer, items):
     return benchmark.evaluate(scorer, items, rows, scorer_tokenizer(work), overlay=overlay,
                               max_regions=config.max_regions, text_tokens=TEXT_TOKENS,
-                              image_size=config.vit.image_size, columns=columns)
+                              image_size=config.vit.image_size, columns=columns,
+                              progress=bool(heads))
   found = evaluate(scorer, items)
   if heads:
     others = evaluate(Scorer(graph, state), items[::max(1, len(items) // heads)])
@@ -299,7 +300,8 @@ def score(work: Path) -> None:
 def publish(work: Path) -> None:
   """The TFDS dataset `lck`, published; training reads it back from there."""
   cut = json.loads((work / "cut.json").read_text())
-  built = build_lck(stages.read_records(work / "scored"), work / "words" / "images", work / "built")
+  records = list(stages.read_records(work / "scored"))  # counted, for the time left
+  built = build_lck(records, work / "words" / "images", work / "built")
   publish_lck(built, work / "published", image_source="drawn scenes", image_licence="Apache-2.0",
               critic=f"{cut['critic']} critic", threshold=cut["cut"])
 

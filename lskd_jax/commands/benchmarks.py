@@ -45,7 +45,7 @@ def run_scenes(model_dir: Path, data: Path, image_root: Path, out: Path) -> dict
     found = scenes.evaluate(
         scorer, items, rows, model.tokenizer, max_regions=model.config.max_regions,
         text_tokens=min(TEXT_TOKENS, model.config.qformer.max_tokens),
-        image_size=pictures.shape[1], columns=columns, overlay=overlay)
+        image_size=pictures.shape[1], columns=columns, overlay=overlay, progress=True)
   types = found.pop("types", {})
   metrics = {"benchmark": "scenes", "model": str(model_dir), "data": str(data),
              "items": len(items), "columns": found, "q_a_by_type": types}
@@ -66,8 +66,8 @@ class _Remembering:
     self.scorer, self.heads, self.features = scorer, scorer.heads, scorer.features
     self.heard: list[dict[str, np.ndarray]] = []
 
-  def many(self, rows: dict, batch: int) -> dict[str, np.ndarray]:
-    self.heard.append(self.scorer.many(rows, batch))
+  def many(self, rows: dict, batch: int, label: str = "") -> dict[str, np.ndarray]:
+    self.heard.append(self.scorer.many(rows, batch, label))
     return self.heard[-1]
 
 

@@ -15,6 +15,7 @@ from collections.abc import Iterable, Iterator
 from flax import nnx
 import jax
 import numpy as np
+from tqdm import tqdm
 
 from lskd_jax import losses, parallel
 from lskd_jax.models.student import Student
@@ -79,10 +80,15 @@ class Scorer:
              for rows in in_batches({"image": image}, batch)]
     return np.concatenate(parts)[:len(image)]
 
-  def many(self, rows: dict, batch: int) -> dict[str, np.ndarray]:
-    """As a call, for any number of rows, `batch` at a time; the last batch is padded, not shown."""
-    parts = [self(part) for part in in_batches(rows, batch)]
+  def many(self, rows: dict, batch: int, label: str = "") -> dict[str, np.ndarray]:
+    """As a call, for any number of rows, `batch` at a time; the last batch is padded, not shown.
+
+    label: of a progress bar; "" = none.
+    """
     size = len(next(iter(rows.values())))
+    batches = tqdm(in_batches(rows, batch), label, -(-size // batch), unit="batch", leave=False,
+                   disable=not label)
+    parts = [self(part) for part in batches]
     return {name: np.concatenate([part[name] for part in parts])[:size] for name in parts[0]}
 
 

@@ -26,13 +26,14 @@ COLUMNS = ("q_a", "qa_r", "q_ar", "swap", "caption")
 
 def evaluate(scorer: Scorer, items: Sequence[SceneChoice], images: dict, tokenizer: Tokenizer, *,
              max_regions: int, text_tokens: int, image_size: int, columns=COLUMNS, batch: int = 32,
-             overlay=None) -> dict[str, dict[str, float]]:
+             overlay=None, progress: bool = False) -> dict[str, dict[str, float]]:
   """Accuracies of every head.
 
   Args:
     images: {"features": [N, ...]} or {"image": uint8[N, H, W, 3]}, rows by the items' `image_id`.
     overlay: (image row, slot boxes in [0, 1]) -> row with boxes drawn, for students that see
       regions as pixels; called per item, because slots differ.
+    progress: shows a bar for every column.
 
   Returns:
     {column: {head: accuracy}}, and "types": {type: accuracy of q_a by the last head}.
@@ -45,7 +46,7 @@ def evaluate(scorer: Scorer, items: Sequence[SceneChoice], images: dict, tokeniz
     rows = item_rows(items, texts, images, tokenizer, max_regions, text_tokens, image_size, swapped,
                  overlay)
     fields = rows.pop("fields")
-    scores = scorer.many(rows, batch)
+    scores = scorer.many(rows, batch, f"evaluate {name}" if progress else "")
     scores["lm"] = sum_over(scores["words"], fields, [field])
     heads = HEADS if scorer.heads else ("lm",)
     right[name] = {head: scores[head].argmax(1) == np.array(labels) for head in heads}
