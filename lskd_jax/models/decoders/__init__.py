@@ -1,0 +1,1 @@
+"""Decoder language models: what a generative student writes with."""
