@@ -111,15 +111,15 @@ def student_table(config: StudentConfig, scheme: Scheme) -> list[Entry]:
   width, vision, embed = config.qformer.width, config.vit.width, config.embed
   return [
       *vit_table(config, scheme),
-      *_norm(scheme.ln_vision, "ln_vision", vision),
+      *norm(scheme.ln_vision, "ln_vision", vision),
       Entry(scheme.words, (config.qformer.vocabulary, width), "qformer/words"),
       Entry(scheme.positions, (config.qformer.max_tokens, width), "qformer/positions"),
       Entry("query_tokens", (1, config.qformer.queries, width), "qformer/query_tokens"),
-      *_norm(scheme.qformer_norm, "qformer/norm", width),
+      *norm(scheme.qformer_norm, "qformer/norm", width),
       *_qformer_blocks(config, scheme),
-      *_linear(scheme.vision_proj, "vision_proj", width, embed),
-      *_linear(scheme.text_proj, "text_proj", width, embed),
-      *_linear("itm_head", "itm_head", width, 2),
+      *linear(scheme.vision_proj, "vision_proj", width, embed),
+      *linear(scheme.text_proj, "text_proj", width, embed),
+      *linear("itm_head", "itm_head", width, 2),
       *_language_head(config, scheme),
       *([Entry(scheme.temperature, (), "log_temperature", (), "log")] if scheme.temperature else []),
   ]
@@ -140,7 +140,7 @@ def vit_table(config: StudentConfig, scheme: Scheme) -> list[Entry]:
   for i in range(vit.depth):
     prefix = scheme.vit_block.format(i=i)
     for ours, theirs in zip(("norm1", "norm2"), scheme.vit_norms):
-      table += _norm(prefix + theirs, f"{block}/{ours}", vit.width, (i,))
+      table += norm(prefix + theirs, f"{block}/{ours}", vit.width, (i,))
     table.append(Entry(f"{prefix}{qkv}.weight", (3 * vit.width, vit.width), f"{block}/qkv/kernel",
                        (i,), "linear"))
     if scheme.key_bias:
@@ -149,9 +149,9 @@ def vit_table(config: StudentConfig, scheme: Scheme) -> list[Entry]:
       attention = prefix + qkv.rpartition(".")[0]
       table += [Entry(f"{attention}.{name}_bias", (vit.width,), f"{block}/qkv/bias", (i, row))
                 for name, row in (("q", 0), ("v", 2))]
-    table += _linear(prefix + out, f"{block}/out", vit.width, vit.width, (i,))
-    table += _linear(f"{prefix}mlp.fc1", f"{block}/mlp/up", vit.width, vit.hidden, (i,))
-    table += _linear(f"{prefix}mlp.fc2", f"{block}/mlp/down", vit.hidden, vit.width, (i,))
+    table += linear(prefix + out, f"{block}/out", vit.width, vit.width, (i,))
+    table += linear(f"{prefix}mlp.fc1", f"{block}/mlp/up", vit.width, vit.hidden, (i,))
+    table += linear(f"{prefix}mlp.fc2", f"{block}/mlp/down", vit.hidden, vit.width, (i,))
   return table
 
 
@@ -165,16 +165,16 @@ def _qformer_blocks(config: StudentConfig, scheme: Scheme) -> Iterable[Entry]:
       attentions.append(("cross", "crossattention", config.vit.width))
     for name, key, memory in attentions:
       for part, inputs in (("query", width), ("key", memory), ("value", memory)):
-        yield from _linear(f"{theirs}{key}.{scheme.inner}.{part}", f"{ours}/{name}/{part}", inputs,
+        yield from linear(f"{theirs}{key}.{scheme.inner}.{part}", f"{ours}/{name}/{part}", inputs,
                            width, (group,))
-      yield from _linear(f"{theirs}{key}.output.dense", f"{ours}/{name}/out", width, width, (group,))
-      yield from _norm(f"{theirs}{key}.output.LayerNorm", f"{ours}/{name}/norm", width, (group,))
+      yield from linear(f"{theirs}{key}.output.dense", f"{ours}/{name}/out", width, width, (group,))
+      yield from norm(f"{theirs}{key}.output.LayerNorm", f"{ours}/{name}/norm", width, (group,))
     for name, suffix in (("text_forward", ""), ("query_forward", "_query")):
-      yield from _linear(f"{theirs}intermediate{suffix}.dense", f"{ours}/{name}/mlp/up", width,
+      yield from linear(f"{theirs}intermediate{suffix}.dense", f"{ours}/{name}/mlp/up", width,
                          size.hidden, (group,))
-      yield from _linear(f"{theirs}output{suffix}.dense", f"{ours}/{name}/mlp/down", size.hidden,
+      yield from linear(f"{theirs}output{suffix}.dense", f"{ours}/{name}/mlp/down", size.hidden,
                          width, (group,))
-      yield from _norm(f"{theirs}output{suffix}.LayerNorm", f"{ours}/{name}/norm", width, (group,))
+      yield from norm(f"{theirs}output{suffix}.LayerNorm", f"{ours}/{name}/norm", width, (group,))
 
 
 def _language_head(config: StudentConfig, scheme: Scheme) -> Iterable[Entry]:
@@ -182,16 +182,18 @@ def _language_head(config: StudentConfig, scheme: Scheme) -> Iterable[Entry]:
     width = config.qformer.width
     yield Entry(f"{scheme.language_head}.bias", (config.qformer.vocabulary,), "language_head/bias")
     transform = f"{scheme.language_head}.transform"
-    yield from _linear(f"{transform}.dense", "language_head/dense", width, width)
-    yield from _norm(f"{transform}.LayerNorm", "language_head/norm", width)
+    yield from linear(f"{transform}.dense", "language_head/dense", width, width)
+    yield from norm(f"{transform}.LayerNorm", "language_head/norm", width)
 
 
-def _linear(theirs: str, ours: str, inputs: int, outputs: int, at=()) -> list[Entry]:
+def linear(theirs: str, ours: str, inputs: int, outputs: int, at=()) -> list[Entry]:
+  """A linear layer with a bias."""
   return [Entry(f"{theirs}.weight", (outputs, inputs), f"{ours}/kernel", at, "linear"),
           Entry(f"{theirs}.bias", (outputs,), f"{ours}/bias", at)]
 
 
-def _norm(theirs: str, ours: str, width: int, at=()) -> list[Entry]:
+def norm(theirs: str, ours: str, width: int, at=()) -> list[Entry]:
+  """A layer norm with a bias."""
   return [Entry(f"{theirs}.weight", (width,), f"{ours}/scale", at),
           Entry(f"{theirs}.bias", (width,), f"{ours}/bias", at)]
 

@@ -3,17 +3,19 @@ both.
 
 A decoder reads a batch of B prompts into a `Memory`. Every prompt then has S continuations (the
 candidates of a choice, or the beams of a search) that all see its memory, which is therefore never
-copied; each continuation has rows of its own in a `Cache`. Heads stand before tokens, so that
-attention is plain batched matrix products. Axes: L blocks, h heads of width k, P tokens of a prompt,
-T of a continuation, G places of a cache.
+copied. What they write is kept in a `Cache`: place by place, S rows each. A row sees the places of the
+rows it descends from (`lineage`), so a beam that branches off another shares its past instead of
+copying it. Heads stand before tokens, so that attention is plain batched matrix products.
+Axes: L blocks, h heads of width k, P tokens of a prompt, T of a continuation, G places of a cache.
 
 Both decoders are used the same way:
 
-  decoder.embed(tokens)                        int32[...] -> float32[..., E]
-  decoder.read(prompt, real)                   [B, P, E], bool[B, P] -> Memory
-  decoder.cache(batch, rows, places)           -> an empty Cache
-  decoder.write(memory, x, cache=None, at=0)   [B, S, T, E] -> states [B, S, T, D], Cache
-  decoder.logits(states)                       [..., D] -> float32[..., V]
+  decoder.embed(tokens)                  int32[...] -> float32[..., E]
+  decoder.read(prompt, real)             [B, P, E], bool[B, P] -> Memory
+  decoder.cache(batch, rows, places)     -> an empty Cache
+  decoder.write(memory, x)               [B, S, T, E] -> states [B, S, T, D], None: whole texts
+  decoder.write(memory, x, cache, at, lineage)  one token of each row (T = 1) -> states, Cache
+  decoder.logits(states)                 [..., D] -> float32[..., V]
 """
 from typing import NamedTuple
 
@@ -21,10 +23,11 @@ import jax
 import jax.numpy as jnp
 
 from lskd_jax.models import layers
+from lskd_jax.parallel import ACT_B
 
 
 class Memory(NamedTuple):
-  """Prompts as their readers need them.
+  """Prompts as their continuations need them.
 
   keys, values: [L, B, h, P, k]; real: bool[B, P], False = padding.
   """
@@ -34,23 +37,28 @@ class Memory(NamedTuple):
 
 
 class Cache(NamedTuple):
-  """The self-attention keys and values of what is being written: [L, B, S, h, G, k] each."""
+  """The self-attention keys and values of what is written: [L, B, h, G, S, k] each."""
   keys: jax.Array
   values: jax.Array
 
 
-def attend(queries: jax.Array, sources: list[tuple], scale: float) -> jax.Array:
-  """One softmax over the keys of several sources (Vaswani et al. 2017).
+class Source(NamedTuple):
+  """Something to attend to.
 
-  Args:
-    queries: [B, S, h, T, k].
-    sources: (keys, values, mask, bias) each. keys, values: [B, h, U, k], shared by all S, or
-      [B, S, h, U, k]. mask: bool broadcastable to [B, S, h, T, U], True where attention is allowed, or
-      None. bias: float32 of such a shape, added to the scaled scores, or None.
-    scale: of the scores.
+  keys, values: [B, h, U, k], shared by all S, or [B, S, h, U, k]. mask: bool broadcastable to
+  [B, S, h, T, U], True where attention is allowed, or None. bias: float32 of such a shape, added to
+  the scaled scores, or None.
+  """
+  keys: jax.Array
+  values: jax.Array
+  mask: jax.Array | None = None
+  bias: jax.Array | None = None
 
-  Returns:
-    [B, S, h, T, k]; the softmax is float32.
+
+def attend(queries: jax.Array, sources: list[Source], scale: float) -> jax.Array:
+  """One softmax, in float32, over the keys of all sources (Vaswani et al. 2017).
+
+  queries: [B, S, h, T, k] -> [B, S, h, T, k].
   """
   scores = []
   for keys, _, mask, bias in sources:
@@ -60,30 +68,49 @@ def attend(queries: jax.Array, sources: list[tuple], scale: float) -> jax.Array:
     scores.append(found if mask is None else jnp.where(mask, found, layers.MASKED))
   weights = jax.nn.softmax(scores[0] if len(scores) == 1 else jnp.concatenate(scores, -1), -1)
   seen, start = 0, 0
-  for keys, values, _, _ in sources:
-    shape = "bhuk" if values.ndim == 4 else "bshuk"
-    share = weights[..., start:start + keys.shape[-2]].astype(values.dtype)
-    seen += jnp.einsum(f"bshtu,{shape}->bshtk", share, values)
-    start += keys.shape[-2]
+  for source in sources:
+    shape = "bhuk" if source.values.ndim == 4 else "bshuk"
+    share = weights[..., start:start + source.keys.shape[-2]].astype(source.values.dtype)
+    seen += jnp.einsum(f"bshtu,{shape}->bshtk", share, source.values)
+    start += source.keys.shape[-2]
   return seen
 
 
-def remember(cache: tuple | None, keys: jax.Array, values: jax.Array, at) -> tuple:
-  """Own keys and values of T new tokens, at places `at` and following of a block's cache.
+def empty_cache(depth: int, batch: int, heads: int, places: int, rows: int, width: int,
+                dtype) -> Cache:
+  """A Cache for `places` tokens of `rows` continuations of each of `batch` prompts."""
+  shape = (depth, batch, heads, places, rows, width)
+  spec = jax.P(None, "fsdp", "tensor")
+  return Cache(*(jnp.zeros(shape, dtype, out_sharding=spec) for _ in range(2)))
+
+
+def own_source(keys: jax.Array, values: jax.Array, bias=None, cache: Cache | None = None,
+               layer=None, at=None, lineage=None) -> tuple[Source, Cache | None]:
+  """What continuations see of themselves in one block, and the cache with the new tokens in it.
 
   Args:
-    cache: (keys, values) [B, S, h, G, k] of one block, or None: the new tokens are all there is.
-    keys, values: [B, S, h, T, k].
-
-  Returns:
-    (keys, values) to attend to, which is also the block's new cache.
+    keys, values: [B, S, h, T, k] of the new tokens.
+    bias: float32[h, T, T], or with a cache float32[h, 1, G], or None.
+    cache: of all blocks, of which `layer` is meant; None = the new tokens are all there is, each of
+      which sees those before it. With a cache there is one new token, T = 1.
+    at: the place of the new token. lineage: bool[B, S, G, S], whether row s descends from row s' at
+      place g; None = from itself.
   """
   if cache is None:
-    return keys, values
-  return tuple(jax.lax.dynamic_update_slice_in_dim(old, new.astype(old.dtype), at, axis=3)
-               for old, new in zip(cache, (keys, values)))
-
-
-def causal_mask(tokens: int, places: int, at) -> jax.Array:
-  """bool[T, G]: token t of those written from place `at` on sees the places up to its own."""
-  return jnp.arange(places) <= (jnp.arange(tokens) + at)[:, None]
+    size = keys.shape[-2]
+    return Source(keys, values, jnp.tril(jnp.ones((size, size), bool)), bias), None
+  def put(old, new):  # [L, B, h, G, S, k], [B, S, h, 1, k]
+    new = new.transpose(3, 0, 2, 1, 4)[:, :, :, None].astype(old.dtype)
+    return jax.lax.dynamic_update_slice(old, new, (layer, 0, 0, at, 0, 0))
+  cache = Cache(put(cache.keys, keys), put(cache.values, values))
+  _, batch, heads, places, rows, width = cache.keys.shape
+  lineage = jnp.eye(rows, dtype=bool)[None, :, None] if lineage is None else lineage
+  mask = lineage & (jnp.arange(places) <= at)[None, None, :, None]
+  mask = jnp.broadcast_to(mask, (batch, rows, places, rows), out_sharding=ACT_B)
+  mask = layers.reshape(mask, batch, rows, 1, 1, places * rows)
+  def of_block(whole):
+    block = jax.lax.dynamic_index_in_dim(whole, layer, keepdims=False)
+    return jax.lax.reshape(block, (batch, heads, places * rows, width),
+                           out_sharding=jax.P("fsdp", "tensor"))
+  bias = None if bias is None else jnp.repeat(bias, rows, -1)
+  return Source(of_block(cache.keys), of_block(cache.values), mask, bias), cache
