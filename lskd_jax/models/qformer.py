@@ -35,6 +35,7 @@ class QFormerConfig:
   queries: int = 32
   cross_every: int = 2        # cross-attention in blocks 0, 2, 4 …
   max_tokens: int = 512       # text positions
+  text: bool = True           # False: queries alone, as a generative student has it
   eps: float = 1e-12
   dropout: float = 0.0
   remat: str = "none"
@@ -136,7 +137,7 @@ class Block(nnx.Module):
     self.attention = SelfAttention(config, rngs, dtype)
     self.cross = CrossAttention(config, vision, rngs, dtype) if vision else None
     self.query_forward = FeedForward(config, rngs, dtype)
-    self.text_forward = FeedForward(config, rngs, dtype)
+    self.text_forward = FeedForward(config, rngs, dtype) if config.text else None
     self.rate = config.dropout
 
   def __call__(self, queries, text, mask, cache, memory, key):
@@ -193,8 +194,9 @@ class QFormer(nnx.Module):
                        f"qformer.cross_every={config.cross_every}")
     self.config = config
     self.dtype = dtype
-    self.words = layers.normal(rngs.params(), (config.vocabulary, config.width), W_VD)
-    self.positions = layers.normal(rngs.params(), (config.max_tokens, config.width), REPLICATED)
+    if config.text:
+      self.words = layers.normal(rngs.params(), (config.vocabulary, config.width), W_VD)
+      self.positions = layers.normal(rngs.params(), (config.max_tokens, config.width), REPLICATED)
     self.query_tokens = layers.normal(rngs.params(), (config.queries, config.width), REPLICATED)
     self.norm = layers.layer_norm(config.width, config.eps, rngs)
     self.stack = layers.Stack(lambda rngs: Group(config, vision, rngs, dtype),

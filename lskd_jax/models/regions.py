@@ -97,9 +97,12 @@ class RegionEncoder(nnx.Module):
     vision: width C of the ViT's tokens. width: width D of the Q-Former.
     max_regions: slots there can be.
     sites: which of P, Q, T are on; sites that are off contribute exactly nothing.
+    decoder: width E of the word embeddings that mention vectors are added to where a decoder reads
+      the texts; None = the Q-Former reads them, which also has a text-only pass.
   """
 
-  def __init__(self, vision: int, width: int, max_regions: int, sites: str, rngs):
+  def __init__(self, vision: int, width: int, max_regions: int, sites: str, rngs,
+               decoder: int | None = None):
     if set(sites) - set("PQT"):
       raise ValueError(f"region sites {sites!r}: only the letters P, Q and T are known")
     self.sites = sites
@@ -110,8 +113,8 @@ class RegionEncoder(nnx.Module):
     self.content = layers.Dense((vision,), (width,), jax.P(None, None), rngs, bias=False)
     self.slot = layers.normal(rngs.params(), (max_regions, width), whole)
     self.paint_gate = layers.constant(0.0, (width, vision))     # Z_p
-    self.mention_gate = layers.constant(0.0, (width, width))    # Z_q
-    self.identity_gate = layers.constant(0.0, (width, width))   # Z_id
+    self.mention_gate = layers.constant(0.0, (width, decoder or width))  # Z_q, or a decoder's Z_lm
+    self.identity_gate = None if decoder else layers.constant(0.0, (width, width))  # Z_id
 
   def __call__(self, features: jax.Array, boxes: jax.Array, valid: jax.Array):
     """Applies site P and prepares sites Q and T.
@@ -121,7 +124,7 @@ class RegionEncoder(nnx.Module):
       boxes: float32[B, R, 4]; valid: bool[B, R].
 
     Returns:
-      painted features [B, 1 + grid^2, C], RoI tokens [B, R * 9, C], mention vectors [B, R, D].
+      painted features [B, 1 + grid^2, C], RoI tokens [B, R * 9, C], mention vectors [B, R, D or E].
     """
     patches = features[:, 1:].astype(jnp.float32)
     grid = math.isqrt(patches.shape[1])

@@ -53,6 +53,16 @@ class Sight(NamedTuple):
   valid: jax.Array
 
 
+def look(student: nnx.Module, features: jax.Array, boxes: jax.Array, valid: jax.Array) -> Sight:
+  """Image and regions through a student's `ln_vision`, `regions` and `qformer`: see Student.see."""
+  features = student.ln_vision(features)
+  if not student.config.uses_region_tokens:
+    return Sight(student.qformer.remember(features), None, jnp.zeros_like(valid))
+  features, tokens, mention = student.regions(features, boxes, valid)
+  token_valid = None if tokens is None else jnp.repeat(valid, ROI * ROI, axis=1)
+  return Sight(student.qformer.remember(features, tokens, token_valid), mention, valid)
+
+
 class LanguageHead(nnx.Module):
   """BERT's prediction head: dense, GELU, norm, then the word embeddings transposed plus a bias."""
 
@@ -107,12 +117,7 @@ class Student(nnx.Module):
       boxes: float32[B, R, 4] xyxy in [0, 1]; valid: bool[B, R]; both ignored in the region modes
         `overlay` and `none`.
     """
-    features = self.ln_vision(features)
-    if not self.config.uses_region_tokens:
-      return Sight(self.qformer.remember(features), None, jnp.zeros_like(valid))
-    features, tokens, mention = self.regions(features, boxes, valid)
-    token_valid = None if tokens is None else jnp.repeat(valid, ROI * ROI, axis=1)
-    return Sight(self.qformer.remember(features, tokens, token_valid), mention, valid)
+    return look(self, features, boxes, valid)
 
   def read_image(self, sight: Sight, key=None):
     """The query pass -> query states [B, Q, D], and the cache of the causal pass."""
@@ -223,11 +228,12 @@ def student_config(config: dict) -> StudentConfig:
   config = dict(config)
   parts = {"vit": VitConfig, "qformer": QFormerConfig}
   for name, kind in parts.items():
-    config[name] = _build(kind, config.get(name, {}), name + ".")
-  return _build(StudentConfig, config, "")
+    config[name] = build_config(kind, config.get(name, {}), name + ".")
+  return build_config(StudentConfig, config, "")
 
 
-def _build(kind, values: dict, prefix: str):
+def build_config(kind, values: dict, prefix: str):
+  """A config's dataclass from a dict; ValueError naming an unknown key, which `prefix` precedes."""
   known = {field.name for field in dataclasses.fields(kind)}
   for key in values:
     if key not in known:

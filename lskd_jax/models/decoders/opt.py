@@ -79,6 +79,8 @@ class Block(nnx.Module):
 class Opt(nnx.Module):
   """See the module's docstring, and decoders/attention.py for how a decoder is used."""
 
+  starts_itself = False  # the prompt's last token is the first that is written
+
   def __init__(self, config: OptConfig, rngs, dtype=jnp.float32):
     if config.activation not in ACTIVATIONS:
       raise ValueError(f"decoder.activation {config.activation!r} is unknown: choose "
