@@ -21,6 +21,7 @@ import jax
 import jax.numpy as jnp
 
 from lskd_jax.models import layers
+from lskd_jax.parallel import ACT_BSTHK
 
 
 class Memory(NamedTuple):
@@ -37,6 +38,18 @@ class Cache(NamedTuple):
   """The self-attention keys and values of what is being written: [L, B, S, h, G, k] each."""
   keys: jax.Array
   values: jax.Array
+
+
+def empty_cache(depth: int, batch: int, rows: int, heads: int, places: int, width: int, dtype) -> Cache:
+  """A cache that holds nothing yet, L, B, S, h, G and k given; split as what will be put there."""
+  spec = jax.P(None, "fsdp", None, "tensor", None, None)
+  make = lambda: jnp.zeros((depth, batch, rows, heads, places, width), dtype, out_sharding=spec)
+  return Cache(make(), make())
+
+
+def split_heads(dense: layers.Dense, x: jax.Array) -> jax.Array:
+  """[B, S, T, D] -> [B, S, h, T, k]."""
+  return dense(x, ACT_BSTHK).swapaxes(2, 3)
 
 
 def attend(queries: jax.Array, sources: list[tuple], scale: float) -> jax.Array:
