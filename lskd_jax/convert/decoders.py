@@ -1,14 +1,70 @@
-"""The tensors of transformers' decoders, as parts of our leaves: see convert/tables.py."""
+"""Which tensor of a decoder language model in PyTorch is which part of which leaf of ours.
+
+Names are transformers': a decoder's own, behind the prefix it has inside a BLIP-2.
+"""
 from lskd_jax.convert.tables import Entry, linear, norm
 from lskd_jax.models.decoders.opt import OFFSET, OptConfig
+from lskd_jax.models.decoders.t5 import T5Config
+
+# Copies of the word table, and a bias that no T5 uses though the first checkpoints have it.
+T5_IGNORED = ("encoder.embed_tokens.weight", "decoder.embed_tokens.weight",
+              "decoder.block.0.layer.1.EncDecAttention.relative_attention_bias.weight")
 
 
-def opt_table(config: OptConfig, theirs: str = "language_model.", ours: str = "decoder/") -> list[Entry]:
-  """Every tensor of `OPTForCausalLM`, whose head is its word embeddings.
+OPT_IGNORED = ("lm_head.weight",)  # the head is the word table
 
-  theirs, ours: what stands before the keys and before the leaves' names.
+
+def t5_ignored(config: T5Config, prefix: str) -> tuple[str, ...]:
+  """Keys of a `T5ForConditionalGeneration` that hold nothing to load: a tied head is one more copy."""
+  return tuple(prefix + key for key in (*T5_IGNORED, *(["lm_head.weight"] if config.tied else [])))
+
+
+def t5_table(config: T5Config, prefix: str, ours: str) -> list[Entry]:
+  """Every tensor of a `T5ForConditionalGeneration` of this size.
+
+  Args:
+    prefix: of their keys, such as "language_model." in a BLIP-2.
+    ours: of our names, such as "decoder/".
   """
-  theirs, width = f"{theirs}model.decoder.", config.width
+  words = (config.vocabulary, config.width)
+  table = [Entry(f"{prefix}shared.weight", words, f"{ours}words")]
+  if not config.tied:
+    table.append(Entry(f"{prefix}lm_head.weight", words, f"{ours}head"))
+  for tower, depth in (("encoder", config.depth), ("decoder", config.decoder_depth)):
+    table += [
+        Entry(f"{prefix}{tower}.block.0.layer.0.SelfAttention.relative_attention_bias.weight",
+              (config.buckets, config.heads), f"{ours}{tower}/distances"),
+        Entry(f"{prefix}{tower}.final_layer_norm.weight", (config.width,), f"{ours}{tower}/norm/scale"),
+    ]
+    for i in range(depth):
+      table += _t5_block(config, f"{prefix}{tower}.block.{i}.layer.", f"{ours}{tower}/stack/blocks/", i,
+                         cross=tower == "decoder")
+  return table
+
+
+def _t5_block(config: T5Config, theirs: str, ours: str, i: int, cross: bool) -> list[Entry]:
+  """Theirs: sub-layers 0, 1, 2 of a block, each with a norm; ours: by name."""
+  width, inner = config.width, config.heads * config.head
+  heads = [("q", "query", (inner, width)), ("k", "key", (inner, width)), ("v", "value", (inner, width)),
+           ("o", "out", (width, inner))]
+  up, down = (config.hidden, width), (width, config.hidden)
+  gated = [("wi_0", "gate", up), ("wi_1", "up", up), ("wo", "down", down)]
+  sublayers = [("SelfAttention", "attention", heads)]
+  if cross:
+    sublayers.append(("EncDecAttention", "cross", heads))
+  sublayers.append(("DenseReluDense", "forward",
+                    gated if config.gated else [("wi", "up", up), ("wo", "down", down)]))
+  table = []
+  for number, (key, name, parts) in enumerate(sublayers):
+    table.append(Entry(f"{theirs}{number}.layer_norm.weight", (width,), f"{ours}{name}_norm/scale", (i,)))
+    table += [Entry(f"{theirs}{number}.{key}.{part}.weight", shape, f"{ours}{name}/{leaf}/kernel", (i,),
+                    "linear") for part, leaf, shape in parts]
+  return table
+
+
+def opt_table(config: OptConfig, prefix: str, ours: str) -> list[Entry]:
+  """Every tensor of an `OPTForCausalLM` of this size. prefix, ours: as above."""
+  theirs, width = f"{prefix}model.decoder.", config.width
   table = [
       Entry(f"{theirs}embed_tokens.weight", (config.vocabulary, config.embed), f"{ours}words"),
       Entry(f"{theirs}embed_positions.weight", (config.max_tokens + OFFSET, width),

@@ -14,7 +14,7 @@ Both decoders are used the same way:
   decoder.read(prompt, real)             [B, P, E], bool[B, P] -> Memory
   decoder.cache(batch, rows, places)     -> an empty Cache
   decoder.write(memory, x)               [B, S, T, E] -> states [B, S, T, D], None: whole texts
-  decoder.write(memory, x, cache, at, lineage)  one token of each row (T = 1) -> states, Cache
+  decoder.write(memory, x, cache, at, lineage)  the next T tokens of each row -> states, Cache
   decoder.logits(states)                 [..., D] -> float32[..., V]
 """
 from typing import NamedTuple
@@ -23,7 +23,7 @@ import jax
 import jax.numpy as jnp
 
 from lskd_jax.models import layers
-from lskd_jax.parallel import ACT_B
+from lskd_jax.parallel import ACT_B, ACT_BSTHK
 
 
 class Memory(NamedTuple):
@@ -84,30 +84,37 @@ def empty_cache(depth: int, batch: int, heads: int, places: int, rows: int, widt
   return Cache(*(jnp.zeros(shape, dtype, out_sharding=spec) for _ in range(2)))
 
 
+def split_heads(dense: layers.Dense, x: jax.Array) -> jax.Array:
+  """[B, S, T, D] -> [B, S, h, T, k]."""
+  return dense(x, ACT_BSTHK).swapaxes(2, 3)
+
+
 def own_source(keys: jax.Array, values: jax.Array, bias=None, cache: Cache | None = None,
                layer=None, at=None, lineage=None) -> tuple[Source, Cache | None]:
   """What continuations see of themselves in one block, and the cache with the new tokens in it.
 
   Args:
-    keys, values: [B, S, h, T, k] of the new tokens.
-    bias: float32[h, T, T], or with a cache float32[h, 1, G], or None.
-    cache: of all blocks, of which `layer` is meant; None = the new tokens are all there is, each of
-      which sees those before it. With a cache there is one new token, T = 1.
-    at: the place of the new token. lineage: bool[B, S, G, S], whether row s descends from row s' at
-      place g; None = from itself.
+    keys, values: [B, S, h, T, k] of the new tokens, each of which sees those before it.
+    bias: float32[h, T, T], or with a cache float32[h, T, G], or None.
+    cache: of all blocks, of which `layer` is meant; None = the new tokens are all there is.
+    at: the place of the first new token. lineage: bool[B, S, G, S], whether row s descends from row s'
+      at place g; None = from itself.
   """
+  tokens = keys.shape[3]
   if cache is None:
-    size = keys.shape[-2]
-    return Source(keys, values, jnp.tril(jnp.ones((size, size), bool)), bias), None
-  def put(old, new):  # [L, B, h, G, S, k], [B, S, h, 1, k]
-    new = new.transpose(3, 0, 2, 1, 4)[:, :, :, None].astype(old.dtype)
+    return Source(keys, values, jnp.tril(jnp.ones((tokens, tokens), bool)), bias), None
+
+  def put(old, new):
+    new = new.transpose(0, 2, 3, 1, 4)[None].astype(old.dtype)  # [1, B, h, T, S, k]
     return jax.lax.dynamic_update_slice(old, new, (layer, 0, 0, at, 0, 0))
   cache = Cache(put(cache.keys, keys), put(cache.values, values))
   _, batch, heads, places, rows, width = cache.keys.shape
   lineage = jnp.eye(rows, dtype=bool)[None, :, None] if lineage is None else lineage
-  mask = lineage & (jnp.arange(places) <= at)[None, None, :, None]
-  mask = jnp.broadcast_to(mask, (batch, rows, places, rows), out_sharding=ACT_B)
-  mask = layers.reshape(mask, batch, rows, 1, 1, places * rows)
+  before = jnp.arange(places) <= at + jnp.arange(tokens)[:, None]
+  mask = lineage[:, :, None] & before[None, None, :, :, None]
+  mask = jnp.broadcast_to(mask, (batch, rows, tokens, places, rows), out_sharding=ACT_B)
+  mask = layers.reshape(mask, batch, rows, 1, tokens, places * rows)
+
   def of_block(whole):
     block = jax.lax.dynamic_index_in_dim(whole, layer, keepdims=False)
     return jax.lax.reshape(block, (batch, heads, places * rows, width),

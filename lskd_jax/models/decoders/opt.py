@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from lskd_jax.models import layers
 from lskd_jax.models.decoders import attention
 from lskd_jax.models.decoders.attention import Cache, Memory, Source
-from lskd_jax.parallel import ACT_B, ACT_BSTHK, REPLICATED, W_DF, W_DHK, W_FD, W_HKD, W_VD
+from lskd_jax.parallel import ACT_B, REPLICATED, W_DF, W_DHK, W_FD, W_HKD, W_VD
 
 OFFSET = 2  # positions start at this row of their table
 ACTIVATIONS = {"relu": jax.nn.relu, "gelu": functools.partial(jax.nn.gelu, approximate=False)}
@@ -64,7 +64,7 @@ class Block(nnx.Module):
     Returns new x, the cache that `own` returned, and the new tokens' keys and values.
     """
     y = self.attention_norm(x).astype(x.dtype) if self.pre_norm else x
-    q, k, v = (part(y, ACT_BSTHK).swapaxes(2, 3) for part in (self.query, self.key, self.value))
+    q, k, v = (attention.split_heads(part, y) for part in (self.query, self.key, self.value))
     source, cache = own(k, v)
     sources = [source] if memory is None else [memory, source]
     seen = attention.attend(q, sources, q.shape[-1]**-0.5)
@@ -124,7 +124,7 @@ class Opt(nnx.Module):
     """Continuations of the prompts.
 
     Args:
-      x: [B, S, T, E]: whole texts, or with a cache one token of each, T = 1.
+      x: [B, S, T, E]: whole texts, or with a cache the next T tokens.
       cache, at, lineage: as `attention.own_source` takes them.
 
     Returns:
