@@ -324,13 +324,36 @@ def test_weights_out_and_in_again(tmp_path, capsys):
   lskd("export", "--to", "hf", "--model", model, "--out", tmp_path / "hf")
   lskd("import", "--from", "hf", tmp_path / "hf", "--out", tmp_path / "again")
   told = capsys.readouterr().out
-  assert told == f"export: {tmp_path / 'hf'}\nimport: {tmp_path / 'again'}\n"
+  assert told == f"export: {tmp_path / 'hf'}\nimport: a student in {tmp_path / 'again'}\n"
   assert trees_of(model) == trees_of(tmp_path / "again")
+
+
+def test_to_lavis_and_in_again(tmp_path, capsys):
+  """A critic; its kind and sizes are read from the files, and what changes on the way is said."""
+  model = make_model(tmp_path / "model", "critic")
+  lskd("export", "--to", "lavis", "--model", model, "--out", tmp_path / "critic.pth")
+  told = capsys.readouterr().out
+  assert told.startswith(f"export: {tmp_path / 'critic.pth'}\nnote: the ViT's key biases are left out")
+  lskd("import", "--from", "lavis", tmp_path / "critic.pth", "--tokenizer", model / "tokenizer",
+       "--out", tmp_path / "again")
+  assert capsys.readouterr().out == f"import: a critic in {tmp_path / 'again'}\n"
+  before, after = trees_of(model), trees_of(tmp_path / "again")
+  assert {name for name in before if before[name] != after[name]} == {
+    "student/vit/stack/blocks/qkv/bias"}
 
 
 def trees_of(model):
   """{leaf: fingerprint} of a model directory."""
   return {name: leaf["fingerprint"] for name, leaf in read_manifest(model / "params").items()}
+
+
+def test_what_an_export_takes_depends_on_its_target(tmp_path, capsys):
+  for words, error in (("--to hf --without-vit", "--without-vit is for --to lavis"),
+                       ("--to lavis --dtype float16", "--dtype is for --to hf")):
+    with pytest.raises(SystemExit) as caught:
+      cli.main(["export", *words.split(), "--model", "x", "--out", str(tmp_path / "out")])
+    assert caught.value.code == 2
+    assert error in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("words,error", [
