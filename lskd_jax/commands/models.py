@@ -71,7 +71,8 @@ def add_verbs(verbs) -> None:
   group.add_argument("--vit", type=Path, metavar="FILE",
                      help="the frozen ViT where SRC has none: eva_vit_g.pth")
   group.add_argument("--config", type=Path, metavar="FILE",
-                     help="a config file with the sizes (default: those of BLIP-2 with ViT-g/14)")
+                     help="a config file with the sizes and data.region_mode (default: BLIP-2 with ViT-g/14, "
+                     "tokens); what `lskd export` wrote has its own in a side file")
 
   p = add_verb(verbs, "export", export_weights, "hand a model to PyTorch users",
                "lskd export --to hf --model runs/student/model --out export")
@@ -144,7 +145,8 @@ def import_weights(args) -> None:
     from lskd_jax.convert import lavis
     from lskd_jax.models.student import student_config
     config = load_config(args.config or "configs/common.py")
-    sizes = {**config.model.to_dict(), "max_regions": args.max_regions}
+    sizes = {**config.model.to_dict(), "max_regions": args.max_regions,
+             "region_mode": config.data.region_mode}
     found = lavis.import_lavis(args.source, args.out, config=student_config(sizes),
                                tokenizer_dir=args.tokenizer, vit=args.vit,
                                image_size=args.image_size)

@@ -15,6 +15,7 @@ from data_pipeline import choices, stages
 from data_pipeline.corpus import open_corpus
 from data_pipeline.sources import scenes
 from lskd_jax import cli
+from lskd_jax.convert.student import Imported
 from lskd_jax.train import Run
 from lskd_jax.trees import read_manifest
 from tests.lskd_jax.tiny_models import OVERRIDES, make_model
@@ -340,6 +341,19 @@ def test_to_lavis_and_in_again(tmp_path, capsys):
   before, after = trees_of(model), trees_of(tmp_path / "again")
   assert {name for name in before if before[name] != after[name]} == {
     "student/vit/stack/blocks/qkv/bias"}
+
+
+def test_an_import_from_lavis_takes_the_region_mode_of_its_config(tmp_path, monkeypatch):
+  """A critic that was trained on drawn boxes has to go on drawing them."""
+  configs = []
+  monkeypatch.setattr("lskd_jax.convert.lavis.import_lavis", lambda source, out, *, config, **options: (
+    configs.append(config) or Imported(out, [], "critic")))
+  (tmp_path / "sizes.py").write_text(
+    "from configs import common\n\ndef get_config():\n  config = common.get_config()\n"
+    "  config.data.region_mode = 'overlay'\n  return config\n")
+  lskd("import", "--from", "lavis", "critic.pth", "--tokenizer", tmp_path, "--out", tmp_path / "out",
+       "--config", tmp_path / "sizes.py")
+  assert configs[0].region_mode == "overlay" and configs[0].vit.width == 1408
 
 
 def trees_of(model):
