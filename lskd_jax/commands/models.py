@@ -56,7 +56,8 @@ def add_verbs(verbs) -> None:
                "lskd import --from hf blip2-itm-vit-g --image-size 364 --out models/blip2")
   p.add_argument("--from", dest="format", required=True, choices=("hf", "lavis"),
                  help="hf: a folder of transformers' Blip2ForImageTextRetrieval, with its tokenizer; "
-                 "lavis: a .pth file of LAVIS's stage-1 model, such as blip2_pretrained.pth")
+                 "lavis: a .pth file of LAVIS's stage-1 model, such as blip2_pretrained.pth, or of LSKD's "
+                 "critic")
   p.add_argument("source", type=Path, metavar="SRC")
   p.add_argument("--out", required=True, type=Path, metavar="DIR", help="the model directory")
   p.add_argument("--image-size", type=count, metavar="PX",
@@ -70,16 +71,21 @@ def add_verbs(verbs) -> None:
   group.add_argument("--vit", type=Path, metavar="FILE",
                      help="the frozen ViT where SRC has none: eva_vit_g.pth")
   group.add_argument("--config", type=Path, metavar="FILE",
-                     help="a config file with the sizes (default: those of BLIP-2 with ViT-g/14)")
+                     help="a config file with the sizes and data.region_mode (default: BLIP-2 with ViT-g/14, "
+                     "tokens); what `lskd export` wrote has its own in a side file")
 
-  p = add_verb(verbs, "export", export_weights, "hand a student to PyTorch users",
+  p = add_verb(verbs, "export", export_weights, "hand a model to PyTorch users",
                "lskd export --to hf --model runs/student/model --out export")
-  p.add_argument("--to", dest="format", required=True, choices=("hf",),
-                 help="hf: a folder for transformers' from_pretrained")
+  p.add_argument("--to", dest="format", required=True, choices=("hf", "lavis"),
+                 help="hf: a student as a folder for transformers' from_pretrained; lavis: a student or "
+                 "critic as a .pth file for LAVIS")
   p.add_argument("--model", required=True, type=Path, metavar="DIR")
-  p.add_argument("--out", required=True, type=Path, metavar="DIR", help="a new or empty folder")
-  p.add_argument("--dtype", default="float32", choices=("float32", "float16", "bfloat16"),
-                 help="of the tensors; the Q-Former stays float32 (default: float32)")
+  p.add_argument("--out", required=True, type=Path, metavar="PATH",
+                 help="hf: a new or empty folder; lavis: a new file")
+  p.add_argument("--dtype", choices=("float32", "float16", "bfloat16"),
+                 help="hf: of the tensors; the Q-Former stays float32 (default: float32)")
+  p.add_argument("--without-vit", action="store_true",
+                 help="lavis: leave out the ViT, as LAVIS does where it is frozen")
 
 
 def demo(args) -> None:
@@ -139,18 +145,28 @@ def import_weights(args) -> None:
     from lskd_jax.convert import lavis
     from lskd_jax.models.student import student_config
     config = load_config(args.config or "configs/common.py")
-    sizes = {**config.model.to_dict(), "max_regions": args.max_regions}
+    sizes = {**config.model.to_dict(), "max_regions": args.max_regions,
+             "region_mode": config.data.region_mode}
     found = lavis.import_lavis(args.source, args.out, config=student_config(sizes),
                                tokenizer_dir=args.tokenizer, vit=args.vit,
                                image_size=args.image_size)
-  print(f"import: {found.model}")
+  print(f"import: a {found.kind} in {found.model}")
   if found.fresh:
     parts = dict.fromkeys("cross-attention gates" if name.endswith("cross/gate") else
-                          name.split("/")[0] for name in found.fresh)
+                          name.removeprefix("student/").split("/")[0] for name in found.fresh)
     print(f"not in {args.source}, so at their initial values: {', '.join(parts)}")
 
 
 def export_weights(args) -> None:
-  """A student's model directory to PyTorch's weights."""
-  from lskd_jax.convert import hf
-  print(f"export: {hf.export_hf(args.model, args.out, dtype=args.dtype)}")
+  """A model directory to PyTorch's weights."""
+  if args.format == "hf":
+    if args.without_vit:
+      args.parser.error("--without-vit is for --to lavis; transformers reads whole models")
+    from lskd_jax.convert import hf
+    print(f"export: {hf.export_hf(args.model, args.out, dtype=args.dtype or 'float32')}")
+  else:
+    if args.dtype:
+      args.parser.error("--dtype is for --to hf; a .pth file is written in float32")
+    from lskd_jax.convert import lavis_export
+    found = lavis_export.export_lavis(args.model, args.out, vit=not args.without_vit)
+    print("\n".join([f"export: {found.file}", *(f"note: {note}" for note in found.notes)]))

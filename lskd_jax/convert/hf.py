@@ -19,7 +19,7 @@ from data_pipeline.manifest import sha256
 import lskd_jax
 from lskd_jax import checkpoint, trees
 from lskd_jax.convert import tables, tensors
-from lskd_jax.convert.student import Imported, tokenizer_files, write_student
+from lskd_jax.convert.student import Imported, tokenizer_files, write_model
 from lskd_jax.models.qformer import QFormerConfig
 from lskd_jax.models.student import StudentConfig, student_config
 from lskd_jax.models.vit import PIXEL_MEAN, PIXEL_STD, VitConfig
@@ -61,8 +61,8 @@ def import_hf(source: Path | str, out: Path | str, *, image_size: int | None = N
   side = source / SIDE_FILE
   extra = tensors.read_safetensors(side) if side.exists() else {}
   extra = {name: tensor for name, tensor in extra.items() if not name.startswith(TABLE)}
-  return write_student(config, table, found, out, tokenizer_dir=source, own=extra,
-                       image_size=image_size, seed=seed, progress=progress)
+  return write_model("student", config, table, found, out, tokenizer_dir=source, own=extra,
+                     image_size=image_size, seed=seed, progress=progress)
 
 
 def student_config_of(source: Path, max_regions: int) -> StudentConfig:
@@ -153,7 +153,7 @@ def export_hf(model_dir: Path | str, out: Path | str, *, dtype: str = "float32",
   partial.mkdir(parents=True)
   try:
     planned = [tensors.Planned(entry.theirs, entry.shape, kept_as(entry.theirs, dtype),
-                               functools.partial(_tensor, reader, entry)) for entry in table]
+                               functools.partial(tables.read_theirs, entry, reader)) for entry in table]
     bar = functools.partial(tqdm, desc="export", unit="tensor", disable=not progress, leave=False)
     digests = tensors.write_folder(partial, planned, progress=bar)
     side = [tensors.Planned(name, shapes[name], np.dtype(np.float32),
@@ -187,12 +187,6 @@ def export_hf(model_dir: Path | str, out: Path | str, *, dtype: str = "float32",
 def kept_as(key: str, dtype: str) -> np.dtype:
   """The dtype that an export in `dtype` gives a tensor."""
   return np.dtype(np.float32 if key.startswith(FLOAT32_PARTS) else DTYPES[dtype])
-
-
-def _tensor(reader: trees.LeafReader, entry: tables.Entry) -> np.ndarray:
-  """One tensor of theirs, of which nothing but its row of our leaf is read."""
-  row, *deeper = entry.at or (None,)
-  return tables.to_theirs(entry, reader.read(entry.ours, row)[tuple(deeper)])
 
 
 def hf_config(config: StudentConfig, dtype: str) -> dict:

@@ -1,10 +1,12 @@
-"""salesforce/LAVIS's stage-1 BLIP-2 in: the authors' `.pth` files, and students that LSKD trained.
+"""salesforce/LAVIS's stage-1 BLIP-2 in: the authors' `.pth` files, LSKD's students and its critic.
 
 Such a file holds neither the model's sizes nor its tokenizer, and often not the frozen ViT: the sizes
 come from a config, the tokenizer from a folder (bert-base-uncased), the ViT from a second file. Files
-are unpickled with `weights_only=True`, so that they cannot run code.
+are unpickled with `weights_only=True`, so that they cannot run code. What `lavis_export` writes has a
+side file, FILE.lskd.safetensors, with the sizes and what LAVIS has no place for.
 """
 import dataclasses
+import json
 from pathlib import Path
 import pickle
 import re
@@ -12,44 +14,65 @@ import re
 import numpy as np
 
 from lskd_jax.convert import tables, tensors
-from lskd_jax.convert.student import Imported, write_student
-from lskd_jax.models.student import StudentConfig
+from lskd_jax.convert.student import Imported, write_model
+from lskd_jax.models.student import StudentConfig, student_config
 from lskd_jax.trees import CheckpointError, one_line
 
 VIT = "visual_encoder."
 VISION_EPS = 1e-5  # of ln_vision in LAVIS
+SIDE = ".lskd.safetensors"  # what the side file's name ends with, after that of the .pth
+NOTE = "lskd"               # of the side file: the config.json of the model directory
+SCORE_HEADS = ("qa_head.", "r_head.")  # what tells a critic from a student
+HEAD = tables.LAVIS.language_head
+TIED = {f"{HEAD}.decoder.weight": tables.LAVIS.words, f"{HEAD}.decoder.bias": f"{HEAD}.bias"}
 
 
 def import_lavis(source: Path | str, out: Path | str, *, config: StudentConfig,
                  tokenizer_dir: Path | str, vit: Path | str | None = None,
                  image_size: int | None = None, seed: int = 0, progress: bool = True) -> Imported:
-  """A `.pth` of `Blip2Qformer` -> a model directory of a student.
+  """A `.pth` of `Blip2Qformer` or LSKD's `Blip2Critic` -> a model directory of a student or critic.
+
+  The critic's language head is frozen, and LAVIS stores no frozen parameter: such a file lacks the
+  head's transform, and has the word embeddings under the name of the decoder that they are tied to.
 
   Args:
     source: the checkpoint.
     out: the model directory.
-    config: the sizes of the checkpoint; vocabulary and image size are read from its tensors.
+    config: the sizes of the checkpoint, where no side file has them; vocabulary and image size are
+      read from its tensors.
     tokenizer_dir: a folder with bert-base-uncased's vocab.txt or tokenizer.json.
     vit: the frozen ViT (`eva_vit_g.pth`), needed where `source` has none. Its blocks beyond the
       config's depth, its norm and its classifier are passed over, as LAVIS does.
-    image_size: side of the student's pictures, px; None = as the ViT's position embeddings.
-    seed: of the parameters that the source does not have: the region tokens.
+    image_size: side of the model's pictures, px; None = as the ViT's position embeddings.
+    seed: of the parameters that neither source nor side file has, such as the region tokens.
 
   Raises:
     CheckpointError, DataError: one line that names the file, key or setting; nothing is written.
   """
-  found = read_pth(source)
+  found, side = read_pth(source), Path(f"{source}{SIDE}")
+  extra = tensors.read_safetensors(side) if side.exists() else {}
+  config = _sizes_noted(side) if side.exists() else dataclasses.replace(config, vision_eps=VISION_EPS)
   if vit is not None:
     own = {key: tensor for key, tensor in found.items() if not key.startswith(VIT)}
     found = own | _vit_of(read_pth(vit), config.vit.depth)
   elif not any(key.startswith(VIT) for key in found):
     raise CheckpointError(f"{source} holds no ViT ({VIT}*): give its file too, such as eva_vit_g.pth")
+  for tied, key in TIED.items():
+    if key not in found and tied in found:
+      found[key] = found.pop(tied)
   config = _sizes(config, found, source)
-  table = tables.student_table(config, tables.LAVIS)
+  kind, table = _layout(config, found)
   tables.check(table, {key: tensor.shape for key, tensor in found.items()}, tables.LAVIS.ignored,
                source)
-  return write_student(config, table, found, out, tokenizer_dir=Path(tokenizer_dir),
-                       image_size=image_size, seed=seed, progress=progress)
+  for entry in [entry for entry in table if entry.layout == "log" and entry.ours in extra]:
+    # The logarithm of a rounded exponential may be off by a bit; the side file's is not, unless the
+    # .pth was trained further.
+    if tables.to_theirs(entry, extra[entry.ours].read()) == found[entry.theirs].read():
+      table.remove(entry)
+    else:
+      del extra[entry.ours]
+  return write_model(kind, config, table, found, out, tokenizer_dir=Path(tokenizer_dir), own=extra,
+                     image_size=image_size, seed=seed, progress=progress)
 
 
 def read_pth(path: Path | str) -> dict[str, tensors.Tensor]:
@@ -58,10 +81,7 @@ def read_pth(path: Path | str) -> dict[str, tensors.Tensor]:
   Raises CheckpointError: truncated, a pickle that would run code, no dictionary of tensors, or
   PyTorch is not installed.
   """
-  try:
-    import torch
-  except ImportError:
-    raise CheckpointError(f"{path}: reading .pth files needs PyTorch: pip install torch") from None
+  torch = pytorch(path)
   if not Path(path).is_file():
     raise CheckpointError(f"{path} is not there")
   try:
@@ -89,6 +109,15 @@ def read_pth(path: Path | str) -> dict[str, tensors.Tensor]:
   return {key: tensor(value) for key, value in content.items()}
 
 
+def pytorch(path: Path | str):
+  """The module `torch`, which only `.pth` files need; CheckpointError where it is not installed."""
+  try:
+    import torch
+  except ImportError:
+    raise CheckpointError(f"{path}: .pth files need PyTorch: pip install torch") from None
+  return torch
+
+
 def _vit_of(found: dict[str, tensors.Tensor], depth: int) -> dict[str, tensors.Tensor]:
   """The tensors of a ViT's own file under the names they have in a whole checkpoint."""
   kept = {}
@@ -98,6 +127,25 @@ def _vit_of(found: dict[str, tensors.Tensor], depth: int) -> dict[str, tensors.T
       continue
     kept[VIT + key] = tensor
   return kept
+
+
+def _layout(config: StudentConfig, found: dict[str, tensors.Tensor]) -> tuple[str, list[tables.Entry]]:
+  """Which kind of model the keys are of, and its table."""
+  if not any(key.startswith(SCORE_HEADS) for key in found):
+    return "student", tables.student_table(config, tables.LAVIS)
+  table, transform = tables.critic_table(config), f"{HEAD}.transform."
+  if not any(key.startswith(transform) for key in found):
+    table = [entry for entry in table if not entry.theirs.startswith(transform)]
+  return "critic", table
+
+
+def _sizes_noted(side: Path) -> StudentConfig:
+  """The config that `lavis_export` noted in a side file."""
+  try:
+    return student_config(json.loads(tensors.read_note(side)[NOTE])["model"])
+  except (KeyError, ValueError, TypeError) as error:
+    raise CheckpointError(f"{side} is no side file of an export ({one_line(error)}); take it away, or "
+                          "copy it again") from None
 
 
 def _sizes(config: StudentConfig, found: dict[str, tensors.Tensor], source) -> StudentConfig:
@@ -111,5 +159,5 @@ def _sizes(config: StudentConfig, found: dict[str, tensors.Tensor], source) -> S
   # Any side that gives this grid would do for the table; a checkpoint that fits its config keeps it.
   side = config.vit.image_size if config.vit.grid == grid else grid * config.vit.patch
   return dataclasses.replace(
-      config, vision_eps=VISION_EPS, vit=dataclasses.replace(config.vit, image_size=side),
+      config, vit=dataclasses.replace(config.vit, image_size=side),
       qformer=dataclasses.replace(config.qformer, vocabulary=vocabulary))

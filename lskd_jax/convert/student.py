@@ -1,4 +1,4 @@
-"""A student's model directory from tensors of PyTorch, whatever the names they come under."""
+"""A model directory from tensors of PyTorch, whatever the names they come under."""
 from collections.abc import Callable
 import dataclasses
 from pathlib import Path
@@ -24,19 +24,22 @@ POSITIONS = "vit/positions"
 
 
 class Imported(NamedTuple):
-  """What an import made: the model directory, and our leaves that the source had nothing for."""
+  """What an import made: the model directory, our leaves that the source had nothing for, its kind."""
   model: Path
   fresh: list[str]
+  kind: str
 
 
-def write_student(config: StudentConfig, table: list[tables.Entry], found: dict[str, Tensor],
-                  out: Path | str, *, tokenizer_dir: Path, own: dict[str, Tensor] | None = None,
-                  image_size: int | None = None, seed: int = 0, progress: bool = True) -> Imported:
-  """Fills a student's leaves from PyTorch's tensors and writes its model directory.
+def write_model(kind: str, config: StudentConfig, table: list[tables.Entry],
+                found: dict[str, Tensor], out: Path | str, *, tokenizer_dir: Path,
+                own: dict[str, Tensor] | None = None, image_size: int | None = None, seed: int = 0,
+                progress: bool = True) -> Imported:
+  """Fills a model's leaves from PyTorch's tensors and writes its model directory.
 
   The leaves are files while they are filled, so memory holds a tensor at a time.
 
   Args:
+    kind: student or critic.
     config: of the source; the student's, but for the image size and the start token of its tokenizer.
     table, found: what `tables.check` has compared.
     own: whole leaves under our own names.
@@ -46,16 +49,17 @@ def write_student(config: StudentConfig, table: list[tables.Entry], found: dict[
   checkpoint.refuse_other_folder(out)  # before minutes of work
   tokenizer = tokenizers.load_tokenizer(tokenizer_dir)
   config = dataclasses.replace(config, decoder_start=tokenizers.token_id(tokenizer, tokenizers.DEC))
+  positions = next(entry.ours for entry in table if entry.ours.endswith(POSITIONS))
   source_positions = (1 + config.vit.grid**2, config.vit.width)
   if image_size is not None:
     if image_size < config.vit.patch:
       raise CheckpointError(f"image size {image_size} is less than a patch, {config.vit.patch} px")
     config = dataclasses.replace(config, vit=dataclasses.replace(config.vit, image_size=image_size))
-  make = build.maker("student", config, tokenizer)
+  make = build.maker(kind, config, tokenizer)
   with jax.set_mesh(parallel.make_mesh((1, 1), jax.local_devices()[:1])):
     state = nnx.split(nnx.eval_shape(lambda: make(nnx.Rngs(0))))[1].filter(nnx.Param)
     shapes = {name: leaf.shape for name, leaf in trees.named_leaves(state).items()}
-    own, rest = own or {}, tables.uncovered(table, {**shapes, POSITIONS: source_positions})
+    own, rest = own or {}, tables.uncovered(table, {**shapes, positions: source_positions})
     odd = [name for name in own if name not in rest or own[name].shape != shapes[name]]
     if odd:
       raise CheckpointError(f"the side file does not fit this model: {trees.listed(odd)}")
@@ -68,7 +72,7 @@ def write_student(config: StudentConfig, table: list[tables.Entry], found: dict[
       for entry in tqdm(table, "import", unit="tensor", disable=not progress, leave=False):
         tensor = found[entry.theirs].read()
         part = leaves[entry.ours][(*entry.at, ...)]
-        if entry.ours == POSITIONS:
+        if entry.ours == positions:
           part[...] = resize_positions(tensor.reshape(source_positions), config.vit.grid)
         else:
           part[...] = tables.to_ours(entry, tensor, part.shape)
@@ -80,8 +84,8 @@ def write_student(config: StudentConfig, table: list[tables.Entry], found: dict[
       words.mkdir()
       for file in tokenizer_files(tokenizer_dir):
         shutil.copy(file, words)
-      checkpoint.save_model(out, build.describe("student", config), trees.nest(leaves), words)
-  return Imported(out, fresh)
+      checkpoint.save_model(out, build.describe(kind, config), trees.nest(leaves), words)
+  return Imported(out, fresh, kind)
 
 
 def _initial(make: Callable, names: list[str], seed: int) -> dict[str, np.ndarray]:

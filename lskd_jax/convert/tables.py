@@ -16,7 +16,7 @@ from typing import NamedTuple
 import numpy as np
 
 from lskd_jax.models.student import StudentConfig
-from lskd_jax.trees import CheckpointError, differences
+from lskd_jax.trees import CheckpointError, LeafReader, differences
 
 
 class Entry(NamedTuple):
@@ -125,6 +125,25 @@ def student_table(config: StudentConfig, scheme: Scheme) -> list[Entry]:
   ]
 
 
+def critic_table(config: StudentConfig) -> list[Entry]:
+  """Every tensor of LSKD's critic (`Blip2Critic`), which comes in LAVIS's names only.
+
+  Its accept head is stage 1's ITM head trained further, label 1 = accept; `qa_head` and `r_head` are
+  Linear, ReLU, Linear. It has nothing for contrast.
+  """
+  table, width = [], config.qformer.width
+  for entry in student_table(config, LAVIS):
+    part = entry.ours.partition("/")[0]
+    if part == "itm_head":
+      table.append(entry._replace(ours=entry.ours.replace(part, "accept")))
+    elif part not in ("vision_proj", "text_proj", "log_temperature"):
+      table.append(entry._replace(ours=f"student/{entry.ours}"))
+  for theirs, ours in (("qa_head", "answer"), ("r_head", "rationale")):
+    table += _linear(f"{theirs}.0", f"{ours}/hidden", width, width)
+    table += _linear(f"{theirs}.2", f"{ours}/out", width, 1)
+  return table
+
+
 def vit_table(config: StudentConfig, scheme: Scheme) -> list[Entry]:
   """The ViT's tensors alone: LAVIS keeps a frozen ViT in a file of its own."""
   vit = config.vit
@@ -224,6 +243,12 @@ def to_theirs(entry: Entry, part: np.ndarray) -> np.ndarray:
   return part.reshape(entry.shape)
 
 
+def read_theirs(entry: Entry, reader: LeafReader) -> np.ndarray:
+  """One tensor of theirs from a model directory; nothing but its row of our leaf is read."""
+  row, *deeper = entry.at or (None,)
+  return to_theirs(entry, reader.read(entry.ours, row)[tuple(deeper)])
+
+
 # --- checks --------------------------------------------------------------------------------------
 
 
@@ -255,5 +280,5 @@ def uncovered(table: list[Entry], shapes: dict[str, tuple[int, ...]]) -> list[st
     filled[entry.ours] = filled.get(entry.ours, 0) + math.prod(entry.shape)
   for name, count in filled.items():
     size = math.prod(shapes[name])
-    assert count == size or name == "vit/stack/blocks/qkv/bias" and 3 * count == 2 * size, name
+    assert count == size or name.endswith("vit/stack/blocks/qkv/bias") and 3 * count == 2 * size, name
   return [name for name in shapes if name not in filled]

@@ -58,6 +58,12 @@ def read_folder(folder: Path | str) -> dict[str, Tensor]:
   return found
 
 
+def read_note(path: Path | str) -> dict[str, str]:
+  """The texts that `write_safetensors` noted in a file that `read_safetensors` has read."""
+  with safetensors.safe_open(path, "numpy") as file:
+    return file.metadata() or {}
+
+
 def read_safetensors(path: Path | str) -> dict[str, Tensor]:
   """The tensors of one safetensors file; CheckpointError where it is truncated or no such file."""
   path = Path(path)
@@ -125,12 +131,13 @@ def write_folder(folder: Path, planned: Iterable[Planned], shard_bytes: int = 5 
   return digests
 
 
-def write_safetensors(path: Path, planned: list[Planned], steps: Iterable | None = None) -> str:
+def write_safetensors(path: Path, planned: list[Planned], steps: Iterable | None = None,
+                      note: dict[str, str] | None = None) -> str:
   """Writes one file, its header first, since all sizes are known. Returns its sha256.
 
-  steps: advanced once per tensor, for a progress bar.
+  steps: advanced once per tensor, for a progress bar. note: texts that the header keeps.
   """
-  header: dict = {"__metadata__": {"format": "pt"}}
+  header: dict = {"__metadata__": {"format": "pt", **(note or {})}}
   at = 0
   for tensor in planned:
     size = _bytes([tensor])

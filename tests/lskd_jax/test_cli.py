@@ -15,6 +15,7 @@ from data_pipeline import choices, stages
 from data_pipeline.corpus import open_corpus
 from data_pipeline.sources import scenes
 from lskd_jax import cli
+from lskd_jax.convert.student import Imported
 from lskd_jax.train import Run
 from lskd_jax.trees import read_manifest
 from tests.lskd_jax.tiny_models import OVERRIDES, make_model
@@ -324,13 +325,49 @@ def test_weights_out_and_in_again(tmp_path, capsys):
   lskd("export", "--to", "hf", "--model", model, "--out", tmp_path / "hf")
   lskd("import", "--from", "hf", tmp_path / "hf", "--out", tmp_path / "again")
   told = capsys.readouterr().out
-  assert told == f"export: {tmp_path / 'hf'}\nimport: {tmp_path / 'again'}\n"
+  assert told == f"export: {tmp_path / 'hf'}\nimport: a student in {tmp_path / 'again'}\n"
   assert trees_of(model) == trees_of(tmp_path / "again")
+
+
+def test_to_lavis_and_in_again(tmp_path, capsys):
+  """A critic; its kind and sizes are read from the files, and what changes on the way is said."""
+  model = make_model(tmp_path / "model", "critic")
+  lskd("export", "--to", "lavis", "--model", model, "--out", tmp_path / "critic.pth")
+  told = capsys.readouterr().out
+  assert told.startswith(f"export: {tmp_path / 'critic.pth'}\nnote: the ViT's key biases are left out")
+  lskd("import", "--from", "lavis", tmp_path / "critic.pth", "--tokenizer", model / "tokenizer",
+       "--out", tmp_path / "again")
+  assert capsys.readouterr().out == f"import: a critic in {tmp_path / 'again'}\n"
+  before, after = trees_of(model), trees_of(tmp_path / "again")
+  assert {name for name in before if before[name] != after[name]} == {
+    "student/vit/stack/blocks/qkv/bias"}
+
+
+def test_an_import_from_lavis_takes_the_region_mode_of_its_config(tmp_path, monkeypatch):
+  """A critic that was trained on drawn boxes has to go on drawing them."""
+  configs = []
+  monkeypatch.setattr("lskd_jax.convert.lavis.import_lavis", lambda source, out, *, config, **options: (
+    configs.append(config) or Imported(out, [], "critic")))
+  (tmp_path / "sizes.py").write_text(
+    "from configs import common\n\ndef get_config():\n  config = common.get_config()\n"
+    "  config.data.region_mode = 'overlay'\n  return config\n")
+  lskd("import", "--from", "lavis", "critic.pth", "--tokenizer", tmp_path, "--out", tmp_path / "out",
+       "--config", tmp_path / "sizes.py")
+  assert configs[0].region_mode == "overlay" and configs[0].vit.width == 1408
 
 
 def trees_of(model):
   """{leaf: fingerprint} of a model directory."""
   return {name: leaf["fingerprint"] for name, leaf in read_manifest(model / "params").items()}
+
+
+def test_what_an_export_takes_depends_on_its_target(tmp_path, capsys):
+  for words, error in (("--to hf --without-vit", "--without-vit is for --to lavis"),
+                       ("--to lavis --dtype float16", "--dtype is for --to hf")):
+    with pytest.raises(SystemExit) as caught:
+      cli.main(["export", *words.split(), "--model", "x", "--out", str(tmp_path / "out")])
+    assert caught.value.code == 2
+    assert error in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("words,error", [

@@ -1,16 +1,22 @@
-"""LAVIS's .pth files in: the names of its stage-1 model, the frozen ViT in a file of its own."""
+"""LAVIS's .pth files in and out: its stage-1 model, LSKD's critic, the frozen ViT in a file of its own."""
+import hashlib
 import pickle
 
+from flax import nnx
+import jax
 import numpy as np
 import pytest
 import torch
 
-from data_pipeline import tokenizer as tokenizers
-from lskd_jax import checkpoint, trees
-from lskd_jax.convert import hf, lavis
+from data_pipeline import corpus_stages, stages, tokenizer as tokenizers
+from lskd_jax import checkpoint, parallel, scoring, trees
+from lskd_jax.convert import hf, lavis, lavis_export, tensors
+from lskd_jax.models import build
 from lskd_jax.models.qformer import QFormerConfig
 from lskd_jax.models.student import StudentConfig
 from lskd_jax.models.vit import VitConfig
+from lskd_jax.trees import CheckpointError
+from tests.lskd_jax import tiny_models
 from tests.lskd_jax.torch_blip2 import WORDS, inputs, ours, reference, theirs
 
 SHAPE = (28, 7, 24, 3, 2, 40, 16, 4, 2, 32, 3, 2, 8)
@@ -153,3 +159,246 @@ def test_damaged_files_are_one_line(made, tmp_path):
     with pytest.raises(ValueError, match=error) as caught:
       run(made, tmp_path / name, tmp_path / "ours")
     assert "\n" not in str(caught.value)
+
+
+# --- out -----------------------------------------------------------------------------------------
+
+
+def export(model, path, **options):
+  return lavis_export.export_lavis(model, path, progress=False, **options)
+
+
+def saved_state(path):
+  content = torch.load(path, weights_only=True)
+  assert set(content) == {"model"}
+  return content["model"]
+
+
+def leaves_of(model):
+  return trees.named_leaves(checkpoint.load_model(model)[1])
+
+
+def test_out_again_every_tensor_is_the_same_to_the_byte(made, tmp_path):
+  """All keys that LAVIS's class has, its buffer and its tied tensors too, and no other."""
+  _, state, _, _ = made
+  torch.save(state, tmp_path / "blip2.pth")
+  found = run(made, tmp_path / "blip2.pth", tmp_path / "ours")
+  done = export(found.model, tmp_path / "back.pth")
+  assert done.notes == []
+  back = saved_state(done.file)
+  assert back.keys() == state.keys()
+  head = "Qformer.cls.predictions"
+  for key in state.keys() - {"temp", f"{head}.decoder.bias"}:  # its decoder's bias is not tied here
+    assert back[key].dtype == state[key].dtype and torch.equal(back[key], state[key]), key
+  assert back["temp"].shape == () and back["temp"].item() == pytest.approx(0.05, rel=1e-6)
+  for tied, key in ((f"{head}.decoder.weight", "Qformer.bert.embeddings.word_embeddings.weight"),
+                    (f"{head}.decoder.bias", f"{head}.bias")):
+    assert back[tied].data_ptr() == back[key].data_ptr()
+  for line in (tmp_path / "back.pth.SHA256SUMS").read_text().splitlines():
+    digest, name = line.split("  ")
+    assert hashlib.sha256((tmp_path / name).read_bytes()).hexdigest() == digest
+  assert sorted(path.name for path in tmp_path.iterdir()) == [
+      "back.pth", "back.pth.SHA256SUMS", "back.pth.lskd.safetensors", "blip2.pth", "ours"]
+
+
+def test_through_a_pth_transformers_gets_the_same_scores(made, tmp_path):
+  """Match logits, cosines and ViT features: bit for bit those of the model that it began with."""
+  model, state, tokenizer, _ = made
+  torch.save(state, tmp_path / "blip2.pth")
+  found = run(made, tmp_path / "blip2.pth", tmp_path / "ours")
+  done = export(found.model, tmp_path / "back.pth")
+  found = run(made, done.file, tmp_path / "again")
+  folder = hf.export_hf(found.model, tmp_path / "hf", progress=False)
+  again = type(model).from_pretrained(folder).eval()
+  again.vision_model.post_layernorm.eps = 1e-5
+  pixels, tokens = inputs(model, tokenizer)
+  for want, have in zip(theirs(model, pixels, tokens), theirs(again, pixels, tokens)):
+    assert want.tobytes() == have.tobytes()
+
+
+@pytest.mark.parametrize("kind", ["student", "critic"])
+def test_with_its_side_file_a_model_comes_back_bit_for_bit(made, tmp_path, kind):
+  """Whatever config the import is given; only a key bias, which changes nothing, is zero then."""
+  model = tiny_models.make_model(tmp_path / "model", kind)
+  done = export(model, tmp_path / "out.pth")
+  assert len(done.notes) == 1 and "key biases are left out" in done.notes[0]
+  found = lavis.import_lavis(done.file, tmp_path / "back", config=CONFIG, progress=False,
+                             tokenizer_dir=model / "tokenizer")
+  assert found.fresh == [] and found.kind == kind
+  assert checkpoint.load_config(model) == checkpoint.load_config(found.model)
+  want, have = leaves_of(model), leaves_of(found.model)
+  bias = "student/" * (kind == "critic") + "vit/stack/blocks/qkv/bias"
+  want[bias] = want[bias].copy()
+  want[bias][:, 1] = 0
+  assert {name: value.tobytes() for name, value in want.items()} == {
+      name: value.tobytes() for name, value in have.items()}
+
+
+def test_the_vit_can_stay_out(made, tmp_path):
+  """Then it is needed to read the file again, as with what LAVIS trained."""
+  torch.save(made[1], tmp_path / "blip2.pth")
+  found = run(made, tmp_path / "blip2.pth", tmp_path / "ours")
+  whole = saved_state(export(found.model, tmp_path / "whole.pth").file)
+  rest = saved_state(export(found.model, tmp_path / "rest.pth", vit=False).file)
+  assert whole.keys() - rest.keys() == {key for key in whole if key.startswith("visual_encoder.")}
+  torch.save({key.removeprefix(lavis.VIT): value for key, value in whole.items()
+              if key.startswith(lavis.VIT)}, tmp_path / "eva.pth")
+  with pytest.raises(CheckpointError, match="rest.pth holds no ViT"):
+    run(made, tmp_path / "rest.pth", tmp_path / "again")
+  again = run(made, tmp_path / "rest.pth", tmp_path / "again", vit=tmp_path / "eva.pth")
+  want, have = leaves_of(found.model), leaves_of(again.model)
+  assert all((want[name] == have[name]).all() for name in want)
+
+
+def test_another_epsilon_is_said(made, tmp_path):
+  """The weights are as they were; what LAVIS computes with them is not quite."""
+  torch.save(made[1], tmp_path / "blip2.pth")
+  found = run(made, tmp_path / "blip2.pth", tmp_path / "ours")
+  path = found.model / "config.json"
+  path.write_text(path.read_text().replace("1e-05", "1e-06"))
+  done = export(found.model, tmp_path / "out.pth")
+  assert done.notes == ["ln_vision was trained with eps 1e-06; LAVIS computes it with 1e-05"]
+  again = run(made, done.file, tmp_path / "again")  # the side file remembers
+  assert checkpoint.load_config(again.model)["model"]["vision_eps"] == 1e-6
+
+
+def test_what_cannot_be_exported_is_one_line(tmp_path):
+  student = tiny_models.make_model(tmp_path / "student")
+  tagger = tiny_models.make_model(tmp_path / "tagger", "tagger")
+  with pytest.raises(CheckpointError, match="holds a tagger; LAVIS has a place for students and"):
+    export(tagger, tmp_path / "out.pth")
+  (tmp_path / "mine.pth.SHA256SUMS").write_text("keep")
+  with pytest.raises(CheckpointError, match="mine.pth.SHA256SUMS is there already"):
+    export(student, tmp_path / "mine.pth")
+  largest = max((student / "params").rglob("d/*"), key=lambda path: path.stat().st_size)
+  data = bytearray(largest.read_bytes())
+  data[len(data) // 2] ^= 4
+  largest.write_bytes(data)
+  with pytest.raises(CheckpointError, match="damaged"):
+    export(student, tmp_path / "out.pth")
+  assert not [path.name for path in tmp_path.iterdir() if "out.pth" in path.name]
+
+
+def test_a_temperature_trained_further_by_lavis_is_taken(made, tmp_path):
+  """The side file's is used for its last bit only."""
+  torch.save(made[1], tmp_path / "blip2.pth")
+  done = export(run(made, tmp_path / "blip2.pth", tmp_path / "ours").model, tmp_path / "out.pth")
+  torch.save({"model": saved_state(done.file) | {"temp": torch.tensor(0.04)}}, done.file)
+  leaves = leaves_of(run(made, done.file, tmp_path / "again").model)
+  assert np.exp(leaves["log_temperature"]) == pytest.approx(0.04)
+
+
+@pytest.mark.parametrize("note", [{}, {"lskd": "[]"}, {"lskd": "{\"model\": {\"odd\": 1}}"}])
+def test_a_foreign_side_file_is_one_line(made, tmp_path, note):
+  torch.save(made[1], tmp_path / "blip2.pth")
+  tensors.write_safetensors(tmp_path / "blip2.pth.lskd.safetensors", [], note=note)
+  with pytest.raises(CheckpointError, match="is no side file of an export") as caught:
+    run(made, tmp_path / "blip2.pth", tmp_path / "ours")
+  assert "\n" not in str(caught.value)
+
+
+# --- the critic ----------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def critic(made):
+  """(the two auxiliary heads in PyTorch, the critic's state as its training saves it).
+
+  The language head was frozen, the word embeddings with it, since they are one tensor; LAVIS then
+  leaves out what is frozen, but for a tensor's second name. The ViT is here for simplicity's sake.
+  """
+  torch.manual_seed(5)
+  heads = {name: torch.nn.Sequential(torch.nn.Linear(16, 16), torch.nn.ReLU(), torch.nn.Linear(16, 1))
+           for name in ("qa_head", "r_head")}
+  frozen = ("Qformer.bert.embeddings.word_embeddings.weight", "Qformer.cls.predictions.bias",
+            "Qformer.cls.predictions.transform.")
+  absent = ("vision_proj.", "text_proj.", "temp")
+  state = {key: value for key, value in made[1].items() if not key.startswith(frozen + absent)}
+  for name, head in heads.items():
+    state |= {f"{name}.{key}": value for key, value in head.state_dict().items()}
+  return heads, state
+
+
+def critic_outputs(directory, pixels, tokens):
+  """(accept logits [B, S, 2], answer [B, S], rationale [B, S]) of a model directory, no regions."""
+  with jax.set_mesh(parallel.make_mesh()):
+    model = build.load(directory)
+    regions = model.config.max_regions
+    batch = dict(image=pixels, tokens=tokens, boxes=np.zeros((2, regions, 4), np.float32),
+                 region_valid=np.zeros((2, regions), bool))
+    batch = parallel.put_batch(batch, jax.sharding.get_mesh())
+    compute = jax.jit(lambda state, batch: nnx.merge(model.graph, state)(batch))
+    return [np.asarray(value) for value in compute(model.state, batch)]
+
+
+def test_the_critic_says_what_pytorch_says(made, critic, tmp_path):
+  """Its accept head is the ITM head; in the reference the score heads read what that head reads."""
+  model, _, tokenizer, _ = made
+  heads, state = critic
+  torch.save({"model": state}, tmp_path / "critic.pth")
+  found = run(made, tmp_path / "critic.pth", tmp_path / "ours")
+  assert found.kind == "critic" and checkpoint.load_config(found.model)["kind"] == "critic"
+  assert "student/language_head/dense/kernel" in found.fresh
+  assert not {"accept/kernel", "answer/out/bias", "student/language_head/bias"} & set(found.fresh)
+  pixels, tokens = inputs(model, tokenizer)
+  states = []
+  hook = model.itm_head.register_forward_hook(lambda head, inputs, output: states.append(inputs[0]))
+  wanted = [theirs(model, pixels, tokens)[1]]
+  hook.remove()
+  with torch.no_grad():
+    wanted += [head(torch.stack(states, 1)).mean(2)[..., 0].numpy() for head in heads.values()]
+  for want, have in zip(wanted, critic_outputs(found.model, pixels, tokens)):
+    assert want.shape == have.shape and np.abs(want - have).max() <= 1e-5 * np.abs(want).max()
+
+
+def test_the_critic_out_again(made, critic, tmp_path):
+  """With the frozen parts too, which its class has and its training does not save."""
+  _, state = critic
+  torch.save({"model": state}, tmp_path / "critic.pth")
+  found = run(made, tmp_path / "critic.pth", tmp_path / "ours")
+  back = saved_state(export(found.model, tmp_path / "back.pth").file)
+  for key in state.keys() - {"Qformer.cls.predictions.decoder.bias"}:
+    assert torch.equal(back[key], state[key]), key
+  head = "Qformer.cls.predictions"
+  assert back.keys() - state.keys() == {
+      "Qformer.bert.embeddings.word_embeddings.weight", f"{head}.bias",
+      *(f"{head}.transform.{part}.{kind}" for part in ("dense", "LayerNorm")
+        for kind in ("weight", "bias"))}
+  assert torch.equal(back[f"{head}.bias"], state[f"{head}.decoder.bias"])
+
+
+def test_the_corpus_is_scored_by_an_imported_critic_as_before(tmp_path):
+  model = tiny_models.make_model(tmp_path / "model", "critic")
+  done = export(model, tmp_path / "critic.pth")
+  found = lavis.import_lavis(done.file, tmp_path / "back", config=CONFIG, progress=False,
+                             tokenizer_dir=model / "tokenizer")
+  corpus_stages.verbalize_scenes(tmp_path / "words", 2, progress=False)
+  corpus_stages.teach_corpus(tmp_path / "words", tmp_path / "taught", progress=False)
+  scores = []
+  for directory, name in ((model, "before"), (found.model, "after")):
+    scored = scoring.score_stages(tmp_path / "taught", tmp_path / "words" / "images", directory,
+                                  tmp_path / name)
+    assert scored.worth == f"P(accept) by the critic {directory}"
+    scores.append([statement.score for record in stages.read_records(tmp_path / name)
+                   for statement in record.statements])
+  assert len(scores[0]) > 2 and len(set(scores[0])) > 2
+  np.testing.assert_allclose(scores[0], scores[1], atol=1e-6)
+
+
+@pytest.mark.parametrize("change,error", [
+    (lambda state: {**state, "extra": Payload()}, "holds more than tensors"),
+    (lambda state: {key: value for key, value in state.items() if key not in (
+        "qa_head.2.bias", "itm_head.weight")}, "missing: itm_head.weight, qa_head.2.bias$"),
+    (lambda state: state | {"r_head.0.weight": torch.zeros(16, 15)},
+     r"of another shape: r_head.0.weight \(16x15, the config says 16x16\)"),
+    (lambda state: state | {"vision_proj.bias": torch.zeros(8), "cls.weight": torch.zeros(1)},
+     "unknown: vision_proj.bias, cls.weight"),
+    (lambda state: {key: value for key, value in state.items() if "decoder.weight" not in key},
+     "has no Qformer.bert.embeddings.word_embeddings.weight"),
+])
+def test_what_is_no_critic_is_one_line(made, critic, tmp_path, change, error, capfd):
+  torch.save(change(critic[1]), tmp_path / "bad.pth")
+  with pytest.raises(CheckpointError, match=error) as caught:
+    run(made, tmp_path / "bad.pth", tmp_path / "ours")
+  assert "\n" not in str(caught.value) and "this ran" not in capfd.readouterr().out
+  assert not (tmp_path / "ours").exists()
