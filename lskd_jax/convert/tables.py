@@ -139,8 +139,8 @@ def critic_table(config: StudentConfig) -> list[Entry]:
     elif part not in ("vision_proj", "text_proj", "log_temperature"):
       table.append(entry._replace(ours=f"student/{entry.ours}"))
   for theirs, ours in (("qa_head", "answer"), ("r_head", "rationale")):
-    table += _linear(f"{theirs}.0", f"{ours}/hidden", width, width)
-    table += _linear(f"{theirs}.2", f"{ours}/out", width, 1)
+    table += linear(f"{theirs}.0", f"{ours}/hidden", width, width)
+    table += linear(f"{theirs}.2", f"{ours}/out", width, 1)
   return table
 
 
