@@ -22,7 +22,8 @@ VISION_EPS = 1e-5  # of ln_vision in LAVIS
 
 def import_lavis(source: Path | str, out: Path | str, *, config: StudentConfig,
                  tokenizer_dir: Path | str, vit: Path | str | None = None,
-                 image_size: int | None = None, seed: int = 0, progress: bool = True) -> Imported:
+                 image_size: int | tuple[int, int] | None = None, seed: int = 0,
+                 progress: bool = True) -> Imported:
   """A `.pth` of `Blip2Qformer` -> a model directory of a student.
 
   Args:
@@ -30,9 +31,10 @@ def import_lavis(source: Path | str, out: Path | str, *, config: StudentConfig,
     out: the model directory.
     config: the sizes of the checkpoint; vocabulary and image size are read from its tensors.
     tokenizer_dir: a folder with bert-base-uncased's vocab.txt or tokenizer.json.
-    vit: the frozen ViT (`eva_vit_g.pth`), needed where `source` has none. Its blocks beyond the
-      config's depth, its norm and its classifier are passed over, as LAVIS does.
-    image_size: side of the student's pictures, px; None = as the ViT's position embeddings.
+    vit: the frozen ViT (`eva_vit_g.pth`, `clip_vit_L.pth`), needed where `source` has none. Its
+      blocks beyond the config's depth, its last norm and its classifier are passed over, as LAVIS does.
+    image_size: of the student's pictures, px: a side or (height, width); None = as the ViT's position
+      embeddings.
     seed: of the parameters that the source does not have: the region tokens.
 
   Raises:
@@ -44,10 +46,10 @@ def import_lavis(source: Path | str, out: Path | str, *, config: StudentConfig,
     found = own | _vit_of(read_pth(vit), config.vit.depth)
   elif not any(key.startswith(VIT) for key in found):
     raise CheckpointError(f"{source} holds no ViT ({VIT}*): give its file too, such as eva_vit_g.pth")
-  config = _sizes(config, found, source)
-  table = tables.student_table(config, tables.LAVIS)
-  tables.check(table, {key: tensor.shape for key, tensor in found.items()}, tables.LAVIS.ignored,
-               source)
+  scheme = tables.lavis_scheme(config)
+  config = _sizes(config, found, scheme, source)
+  table = tables.student_table(config, scheme)
+  tables.check(table, {key: tensor.shape for key, tensor in found.items()}, scheme.ignored, source)
   return write_student(config, table, found, out, tokenizer_dir=Path(tokenizer_dir),
                        image_size=image_size, seed=seed, progress=progress)
 
@@ -93,23 +95,25 @@ def _vit_of(found: dict[str, tensors.Tensor], depth: int) -> dict[str, tensors.T
   """The tensors of a ViT's own file under the names they have in a whole checkpoint."""
   kept = {}
   for key, tensor in found.items():
-    block = re.match(r"blocks\.(\d+)\.", key)
-    if block and int(block[1]) >= depth or key.startswith(("norm.", "fc_norm.", "head.")):
+    block = re.match(r"(?:blocks|transformer\.resblocks)\.(\d+)\.", key)
+    rest = ("norm.", "fc_norm.", "head.", "ln_post.", "proj")  # the last two are CLIP's
+    if block and int(block[1]) >= depth or key.startswith(rest):
       continue
     kept[VIT + key] = tensor
   return kept
 
 
-def _sizes(config: StudentConfig, found: dict[str, tensors.Tensor], source) -> StudentConfig:
+def _sizes(config: StudentConfig, found: dict[str, tensors.Tensor], scheme: tables.Scheme,
+           source) -> StudentConfig:
   """The config with what the tensors themselves tell: vocabulary, and side of the ViT's grid."""
-  lavis = tables.LAVIS
-  for key in (lavis.words, lavis.vit_positions):
+  for key in (scheme.words, scheme.vit_positions):
     if key not in found:
-      raise CheckpointError(f"{source} has no {key}: it is no stage-1 BLIP-2 of LAVIS")
-  vocabulary = found[lavis.words].shape[0]
-  grid = round((found[lavis.vit_positions].shape[1] - 1)**0.5)
+      raise CheckpointError(f"{source} has no {key}: it is no stage-1 BLIP-2 of LAVIS with the config's "
+                            "ViT (ViT-g/14: configs/common.py; CLIP's ViT-L/14: configs/blip2_vit_l.py)")
+  vocabulary = found[scheme.words].shape[0]
+  grid = round((found[scheme.vit_positions].shape[-2] - 1)**0.5)
   # Any side that gives this grid would do for the table; a checkpoint that fits its config keeps it.
-  side = config.vit.image_size if config.vit.grid == grid else grid * config.vit.patch
+  side = config.vit.image_size if config.vit.grid == (grid, grid) else grid * config.vit.patch
   return dataclasses.replace(
       config, vision_eps=VISION_EPS, vit=dataclasses.replace(config.vit, image_size=side),
       qformer=dataclasses.replace(config.qformer, vocabulary=vocabulary))
