@@ -3,7 +3,7 @@
 A run's config file starts from `get_config()` here and changes what it must. Any value can be
 changed from the command line, as `--config.optim.learning_rate=1e-4`; unknown keys are refused.
 """
-from ml_collections import ConfigDict
+from ml_collections import ConfigDict, FieldReference
 
 
 def get_config() -> ConfigDict:
@@ -20,8 +20,9 @@ def get_config() -> ConfigDict:
   model.temperature = 0.07      # of ITC at the start (CLIP, BLIP-2)
   model.dtype = "float32"       # bfloat16 on accelerators that have it
   model.vit = ConfigDict(dict(  # EVA-CLIP ViT-g/14 as in BLIP-2
-      image_size=224, patch=14, width=1408, depth=39, heads=16, hidden=6144, remat="none",
-      scan=True))
+      image_size=FieldReference(224, field_type=object),  # or (height, width)
+      patch=14, width=1408, depth=39, heads=16, hidden=6144, eps=1e-6, activation="gelu",
+      input_norm=False, patch_bias=True, remat="none", scan=True))
   model.qformer = ConfigDict(dict(  # BERT-base with 32 queries (BLIP-2)
       width=768, depth=12, heads=12, hidden=3072, queries=32, cross_every=2, max_tokens=512,
       dropout=0.1, remat="none", scan=True))

@@ -35,7 +35,8 @@ class LoaderOptions:
 
   batch_size: images per step over all processes (B). statements: text slots per image (S).
   text_tokens: tokens per text, [CLS] and [SEP] included (T). max_regions: region slots (R).
-  image_size: the side of the square model input, in pixels; the aspect ratio is not kept.
+  image_size: of the model input, in pixels: the side of a square, or (height, width); the aspect
+    ratio is not kept.
   texts: what a text slot is filled with, as shares of TEXT_KINDS; an image that lacks a kind uses
     the others.
   rationale_dropout: share of statements written without their rationale.
@@ -51,7 +52,7 @@ class LoaderOptions:
   statements: int = 4
   text_tokens: int = 64
   max_regions: int = 8
-  image_size: int = 96
+  image_size: int | tuple[int, int] = 96
   texts: dict[str, float] = field(default_factory=lambda: {"statements": 1.0})
   rationale_dropout: float = 0.0
   region_mode: str = "tokens"
@@ -64,7 +65,7 @@ class LoaderOptions:
 
   def __post_init__(self):
     for name in ("batch_size", "statements", "text_tokens", "max_regions", "image_size"):
-      if getattr(self, name) < 1:
+      if np.min(getattr(self, name)) < 1:
         raise DataError(f"loader {name}={getattr(self, name)}; it must be at least 1")
     for name in ("rationale_dropout", "distractors"):
       if not 0 <= getattr(self, name) <= 1:
@@ -246,7 +247,7 @@ def still_true(texts: list[Text | None], slots: tuple[int, ...], frame: Frame) -
 def pixels(
   data: bytes, record: ImageRecord, slots: tuple[int, ...], frame: Frame, options: LoaderOptions
 ) -> np.ndarray:
-  """uint8[image_size,image_size,3]: the frame of an image file, squashed to a square.
+  """uint8[H,W,3]: the frame of an image file, squashed to `options.image_size`.
 
   An overlay is drawn on the stored image, before anything is cut or scaled, so it follows both.
   DataError where the file is damaged or has another size than the record says.

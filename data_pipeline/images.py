@@ -55,13 +55,17 @@ def decode(data: bytes, max_pixels: int = MAX_PIXELS, name: str = "image") -> np
     return np.asarray(_to_rgb(image))
 
 
-def resize(image: np.ndarray, size: int) -> np.ndarray:
-  """uint8[H, W, 3] -> uint8[size, size, 3], bicubic; the aspect ratio is not kept."""
+def resize(image: np.ndarray, size: int | tuple[int, int]) -> np.ndarray:
+  """uint8[H, W, 3] -> uint8[height, width, 3], bicubic; the aspect ratio is not kept.
+
+  size: the side of a square, or (height, width).
+  """
   if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3:
     raise TypeError(f"want uint8[H, W, 3], got {image.dtype}{list(image.shape)}")
-  if image.shape[:2] == (size, size):
+  height, width = (size, size) if isinstance(size, int) else size
+  if image.shape[:2] == (height, width):
     return image
-  return np.asarray(Image.fromarray(image).resize((size, size), Image.Resampling.BICUBIC))
+  return np.asarray(Image.fromarray(image).resize((width, height), Image.Resampling.BICUBIC))
 
 
 def image_size(path: Path | str) -> tuple[int, int]:

@@ -80,7 +80,7 @@ class Loader:
   ) -> dict[str, np.ndarray]:
     """This process's rows of the batch of `step` (b = batch_size / process_count of them).
 
-    image uint8[b,image_size,image_size,3], unless images=False
+    image uint8[b,H,W,3] of image_size, unless images=False
     image_id int32[b]: the row in the corpus
     boxes float32[b,R,4]: xyxy in [0,1] of the model input; 0 where not valid
     region_valid bool[b,R]

@@ -77,7 +77,7 @@ def _suggestion(config: ConfigDict, key: str) -> str:
 
 
 _NAMES = {bool: "true or false", int: "a whole number", float: "a number", tuple: "a list such as "
-          "(1, 2)"}
+          "(1, 2)", object: "a whole number or a pair such as (224, 448)"}
 
 
 def _read(text: str, kind: type, default):
@@ -99,7 +99,9 @@ def _read(text: str, kind: type, default):
     value = float(value)
   if kind is tuple:
     value = _tuple(value, default)
-  if kind is not type(None) and type(value) is not kind:
+  if kind is object and type(value) not in (int, tuple):  # a size: a side, or both
+    raise ValueError(f"{_NAMES[object]} is wanted")
+  if kind not in (type(None), object) and type(value) is not kind:
     raise ValueError(f"{_NAMES.get(kind, kind.__name__)} is wanted")
   return value
 

@@ -25,10 +25,10 @@ def cached_features(vit, corpus: Corpus, folder, *, batch: int = 64, progress: b
   """The features of every image of `corpus`, from `folder` or computed and stored there.
 
   Args:
-    vit: the module; its parameters and the corpus together name the cache.
+    vit: the module; its parameters, its image size and the corpus together name the cache.
 
   Returns:
-    float32[len(corpus), 1 + grid^2, C], memory-mapped.
+    float32[len(corpus), 1 + rows * columns, C], memory-mapped.
 
   Raises:
     DataError: a picture is missing or damaged, or several processes share the run.
@@ -36,7 +36,8 @@ def cached_features(vit, corpus: Corpus, folder, *, batch: int = 64, progress: b
   if jax.process_count() > 1:
     raise DataError("data.cache_features=True works in a run of one process; set it to False")
   folder = Path(folder)
-  about = {"vit": digest(nnx.split(vit)[1]), "images": corpus_digest(corpus)}
+  about = {"vit": digest(nnx.split(vit)[1]), "images": corpus_digest(corpus),
+           "image_size": list(vit.config.size)}
   path, note = folder / "features.npy", folder / "features.json"
   stored = lambda: note.exists() and json.loads(note.read_text()) == about
   if not stored():
@@ -53,17 +54,17 @@ def cached_features(vit, corpus: Corpus, folder, *, batch: int = 64, progress: b
 
 def _compute(vit, corpus: Corpus, path: Path, batch: int, progress: bool) -> None:
   """Writes the features of every image to `path`."""
-  size = vit.config.image_size
+  size = vit.config.size
   graph, state = nnx.split(vit)
   see = jax.jit(lambda state, image: nnx.merge(graph, state)(image))
   mesh = jax.sharding.get_mesh()
-  shape = (len(corpus), 1 + vit.config.grid**2, vit.config.width)
+  shape = (len(corpus), vit.config.tokens, vit.config.width)
   partial = path.with_suffix(".partial")
   rows = np.lib.format.open_memmap(partial, "w+", np.float32, shape)
   steps = range(0, len(corpus), batch)
   for start in tqdm(steps, "image features", disable=not progress, unit="batch", leave=False):
     count = min(batch, len(corpus) - start)
-    pixels = np.zeros((batch, size, size, 3), np.uint8)
+    pixels = np.zeros((batch, *size, 3), np.uint8)
     for i in range(count):
       decoded = images.decode(corpus.image_bytes(start + i), name=corpus.record(start + i).image)
       pixels[i] = images.resize(decoded, size)

@@ -14,6 +14,7 @@ from lskd_jax import cli, optim, parallel, step
 from lskd_jax.config_files import known_keys, load_config
 from lskd_jax.models.critic import Critic
 from lskd_jax.models.student import Student, Tagger, student_config
+from lskd_jax.models.vit import CLIP_VIT_L, EVA_VIT_G
 from lskd_jax.train import loader_options
 
 FOLDER = Path(common.__file__).parent
@@ -110,3 +111,8 @@ def test_the_defaults_are_of_the_size_of_blip_2():
   block = (4 * d * d + 4 * d) + (2 * d * f + f + d) + 4 * d  # attention, MLP, two norms
   inputs = (14 * 14 * 3 + 1) * d + d + (1 + 16 * 16) * d     # patches, class token, positions
   assert sum(leaf.size for leaf in jax.tree.leaves(nnx.split(model.vit)[1])) == 39 * block + inputs
+
+
+@pytest.mark.parametrize("name,tower", [("common", EVA_VIT_G), ("blip2_vit_l", CLIP_VIT_L)])
+def test_published_towers_have_their_names(name, tower):
+  assert student_config(module(name).get_config().model.to_dict()).vit == tower

@@ -28,6 +28,15 @@ def share(text: str) -> float:
   return _number(text, float, lambda value: 0 <= value <= 1, "a number from 0 to 1")
 
 
+def image_size(text: str) -> int | tuple[int, int]:
+  """PX, or HEIGHTxWIDTH."""
+  try:
+    height, width = map(count, text.split("x") if "x" in text else (text, text))
+  except (ValueError, ArgumentTypeError):
+    raise ArgumentTypeError(f"{text!r} is not PX or HEIGHTxWIDTH, such as 364 or 224x448") from None
+  return height if height == width else (height, width)
+
+
 def box(text: str) -> tuple[float, ...]:
   """x1,y1,x2,y2."""
   try:

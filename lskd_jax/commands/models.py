@@ -3,7 +3,7 @@ import json
 from pathlib import Path
 
 from lskd_jax.commands import folders
-from lskd_jax.commands.arguments import add_verb, box, count, seed
+from lskd_jax.commands.arguments import add_verb, box, count, image_size, seed
 
 
 def add_demo(verbs) -> None:
@@ -60,19 +60,20 @@ def add_verbs(verbs) -> None:
                  "critic")
   p.add_argument("source", type=Path, metavar="SRC")
   p.add_argument("--out", required=True, type=Path, metavar="DIR", help="the model directory")
-  p.add_argument("--image-size", type=count, metavar="PX",
-                 help="of the student's pictures; position embeddings are stretched to it (default: "
-                 "as the source)")
+  p.add_argument("--image-size", type=image_size, metavar="PX",
+                 help="of the student's pictures: 364, or 224x448 for HEIGHTxWIDTH; position embeddings "
+                 "are stretched to it (default: as the source)")
   p.add_argument("--max-regions", type=count, default=8, metavar="N",
                  help="slots that texts can mention (default: 8)")
   group = p.add_argument_group("lavis, whose files hold weights only")
   group.add_argument("--tokenizer", type=Path, metavar="DIR",
                      help="a folder with the vocab.txt or tokenizer.json of bert-base-uncased")
   group.add_argument("--vit", type=Path, metavar="FILE",
-                     help="the frozen ViT where SRC has none: eva_vit_g.pth")
+                     help="the frozen ViT where SRC has none: eva_vit_g.pth or clip_vit_L.pth")
   group.add_argument("--config", type=Path, metavar="FILE",
                      help="a config file with the sizes and data.region_mode (default: BLIP-2 with ViT-g/14, "
-                     "tokens); what `lskd export` wrote has its own in a side file")
+                     "tokens); configs/blip2_vit_l.py for blip2_pretrained_vitL.pth; what `lskd export` "
+                     "wrote has its own in a side file")
 
   p = add_verb(verbs, "export", export_weights, "hand a model to PyTorch users",
                "lskd export --to hf --model runs/student/model --out export")

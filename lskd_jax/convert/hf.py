@@ -20,6 +20,7 @@ import lskd_jax
 from lskd_jax import checkpoint, trees
 from lskd_jax.convert import tables, tensors
 from lskd_jax.convert.student import Imported, tokenizer_files, write_model
+from lskd_jax.models.layers import ACTIVATIONS
 from lskd_jax.models.qformer import QFormerConfig
 from lskd_jax.models.student import StudentConfig, student_config
 from lskd_jax.models.vit import PIXEL_MEAN, PIXEL_STD, VitConfig
@@ -35,15 +36,15 @@ FLOAT32_PARTS = ("query_tokens", "qformer.")  # transformers keeps these in floa
 # --- in ------------------------------------------------------------------------------------------
 
 
-def import_hf(source: Path | str, out: Path | str, *, image_size: int | None = None,
+def import_hf(source: Path | str, out: Path | str, *, image_size: int | tuple[int, int] | None = None,
               max_regions: int = 8, seed: int = 0, progress: bool = True) -> Imported:
   """A folder of `Blip2ForImageTextRetrieval` -> a model directory of a student.
 
   Args:
     source: config.json, safetensors, and the tokenizer's files.
     out: the model directory.
-    image_size: side of the student's pictures, px; None = as the source. Position embeddings are
-      stretched to it.
+    image_size: of the student's pictures, px: a side or (height, width); None = as the source.
+      Position embeddings are stretched to it.
     max_regions: slots of the student; the source's side file, where there is one, has its own.
     seed: of the parameters that the source does not have.
 
@@ -73,16 +74,17 @@ def student_config_of(source: Path, max_regions: int) -> StudentConfig:
     if about.get("model_type") != "blip-2":
       raise CheckpointError(f"{path}: model_type is {about.get('model_type')!r}, not 'blip-2'")
     vision, qformer = about["vision_config"], about["qformer_config"]
-    for part, name in ((vision, "vision_config"), (qformer, "qformer_config")):
-      if part["hidden_act"] != "gelu":
-        raise CheckpointError(f"{path}: {name}.hidden_act is {part['hidden_act']!r}; only 'gelu' is "
-                              "computed here")
+    for part, name, known in ((vision, "vision_config", tuple(ACTIVATIONS)),
+                              (qformer, "qformer_config", ("gelu",))):
+      if part["hidden_act"] not in known:
+        raise CheckpointError(f"{path}: {name}.hidden_act is {part['hidden_act']!r}; only "
+                              f"{' and '.join(known)} are computed here")
     config = StudentConfig(
         vit=VitConfig(
             image_size=_side(vision["image_size"], path), patch=_side(vision["patch_size"], path),
             width=vision["hidden_size"], depth=vision["num_hidden_layers"],
             heads=vision["num_attention_heads"], hidden=vision["intermediate_size"],
-            eps=vision["layer_norm_eps"]),
+            eps=vision["layer_norm_eps"], activation=vision["hidden_act"]),
         qformer=QFormerConfig(
             vocabulary=qformer["vocab_size"], width=qformer["hidden_size"],
             depth=qformer["num_hidden_layers"], heads=qformer["num_attention_heads"],
@@ -132,7 +134,8 @@ def export_hf(model_dir: Path | str, out: Path | str, *, dtype: str = "float32",
     dtype: of the tensors; queries and Q-Former stay float32, as transformers keeps them.
 
   Raises:
-    CheckpointError: no student's model directory, damaged, or `out` holds other files.
+    CheckpointError: no student's model directory, damaged, a ViT that transformers' BLIP-2 has no
+      place for (CLIP's, or pictures that are no squares), or `out` holds other files.
   """
   model_dir, out = Path(model_dir), Path(out).absolute()
   if dtype not in DTYPES:
@@ -144,6 +147,7 @@ def export_hf(model_dir: Path | str, out: Path | str, *, dtype: str = "float32",
   if out.exists() and any(out.iterdir()):
     raise CheckpointError(f"{out} holds files: choose a new or empty folder")
   config = student_config(about["model"])
+  _check_vit(config.vit, model_dir)
   table = tables.student_table(config, tables.HF)
   reader = trees.LeafReader(model_dir / "params")
   shapes = {name: tuple(entry["shape"]) for name, entry in reader.manifest.items()}
@@ -184,6 +188,17 @@ def export_hf(model_dir: Path | str, out: Path | str, *, dtype: str = "float32",
   return out
 
 
+def _check_vit(vit: VitConfig, model_dir: Path) -> None:
+  """Raises CheckpointError for a ViT that transformers' BLIP-2 has no place for."""
+  if vit.input_norm or not vit.patch_bias:
+    raise CheckpointError(f"{model_dir} has CLIP's ViT (a norm before its blocks, patches without bias), "
+                          "which transformers' BLIP-2 cannot hold")
+  if not isinstance(vit.image_size, int):
+    height, width = vit.size
+    raise CheckpointError(f"{model_dir} sees pictures of {height}x{width} px; transformers' BLIP-2 holds "
+                          "position embeddings of squares only")
+
+
 def kept_as(key: str, dtype: str) -> np.dtype:
   """The dtype that an export in `dtype` gives a tensor."""
   return np.dtype(np.float32 if key.startswith(FLOAT32_PARTS) else DTYPES[dtype])
@@ -203,7 +218,7 @@ def hf_config(config: StudentConfig, dtype: str) -> dict:
           "model_type": "blip_2_vision_model", "hidden_size": vit.width,
           "intermediate_size": vit.hidden, "num_hidden_layers": vit.depth,
           "num_attention_heads": vit.heads, "image_size": vit.image_size, "patch_size": vit.patch,
-          "hidden_act": "gelu", "layer_norm_eps": vit.eps, "qkv_bias": True},
+          "hidden_act": vit.activation, "layer_norm_eps": vit.eps, "qkv_bias": True},
       "qformer_config": {
           "model_type": "blip_2_qformer", "vocab_size": qformer.vocabulary,
           "hidden_size": qformer.width, "num_hidden_layers": qformer.depth,
@@ -221,9 +236,9 @@ def hf_config(config: StudentConfig, dtype: str) -> dict:
 
 def image_processor(config: StudentConfig) -> dict:
   """The settings of transformers' BlipImageProcessor."""
-  side = config.vit.image_size
+  height, width = config.vit.size
   return {"image_processor_type": "BlipImageProcessor", "do_convert_rgb": True, "do_resize": True,
-          "size": {"height": side, "width": side}, "resample": 3, "do_rescale": True,
+          "size": {"height": height, "width": width}, "resample": 3, "do_rescale": True,
           "rescale_factor": 1 / 255, "do_normalize": True, "image_mean": list(PIXEL_MEAN),
           "image_std": list(PIXEL_STD)}
 

@@ -29,7 +29,8 @@ TIED = {f"{HEAD}.decoder.weight": tables.LAVIS.words, f"{HEAD}.decoder.bias": f"
 
 def import_lavis(source: Path | str, out: Path | str, *, config: StudentConfig,
                  tokenizer_dir: Path | str, vit: Path | str | None = None,
-                 image_size: int | None = None, seed: int = 0, progress: bool = True) -> Imported:
+                 image_size: int | tuple[int, int] | None = None, seed: int = 0,
+                 progress: bool = True) -> Imported:
   """A `.pth` of `Blip2Qformer` or LSKD's `Blip2Critic` -> a model directory of a student or critic.
 
   The critic's language head is frozen, and LAVIS stores no frozen parameter: such a file lacks the
@@ -41,9 +42,10 @@ def import_lavis(source: Path | str, out: Path | str, *, config: StudentConfig,
     config: the sizes of the checkpoint, where no side file has them; vocabulary and image size are
       read from its tensors.
     tokenizer_dir: a folder with bert-base-uncased's vocab.txt or tokenizer.json.
-    vit: the frozen ViT (`eva_vit_g.pth`), needed where `source` has none. Its blocks beyond the
-      config's depth, its norm and its classifier are passed over, as LAVIS does.
-    image_size: side of the model's pictures, px; None = as the ViT's position embeddings.
+    vit: the frozen ViT (`eva_vit_g.pth`, `clip_vit_L.pth`), needed where `source` has none. Its
+      blocks beyond the config's depth, its last norm and its classifier are passed over, as LAVIS does.
+    image_size: of the model's pictures, px: a side or (height, width); None = as the ViT's position
+      embeddings.
     seed: of the parameters that neither source nor side file has, such as the region tokens.
 
   Raises:
@@ -60,10 +62,10 @@ def import_lavis(source: Path | str, out: Path | str, *, config: StudentConfig,
   for tied, key in TIED.items():
     if key not in found and tied in found:
       found[key] = found.pop(tied)
-  config = _sizes(config, found, source)
-  kind, table = _layout(config, found)
-  tables.check(table, {key: tensor.shape for key, tensor in found.items()}, tables.LAVIS.ignored,
-               source)
+  scheme = tables.lavis_scheme(config)
+  config = _sizes(config, found, scheme, source)
+  kind, table = _layout(config, found, scheme)
+  tables.check(table, {key: tensor.shape for key, tensor in found.items()}, scheme.ignored, source)
   for entry in [entry for entry in table if entry.layout == "log" and entry.ours in extra]:
     # The logarithm of a rounded exponential may be off by a bit; the side file's is not, unless the
     # .pth was trained further.
@@ -122,18 +124,20 @@ def _vit_of(found: dict[str, tensors.Tensor], depth: int) -> dict[str, tensors.T
   """The tensors of a ViT's own file under the names they have in a whole checkpoint."""
   kept = {}
   for key, tensor in found.items():
-    block = re.match(r"blocks\.(\d+)\.", key)
-    if block and int(block[1]) >= depth or key.startswith(("norm.", "fc_norm.", "head.")):
+    block = re.match(r"(?:blocks|transformer\.resblocks)\.(\d+)\.", key)
+    rest = ("norm.", "fc_norm.", "head.", "ln_post.", "proj")  # the last two are CLIP's
+    if block and int(block[1]) >= depth or key.startswith(rest):
       continue
     kept[VIT + key] = tensor
   return kept
 
 
-def _layout(config: StudentConfig, found: dict[str, tensors.Tensor]) -> tuple[str, list[tables.Entry]]:
+def _layout(config: StudentConfig, found: dict[str, tensors.Tensor],
+            scheme: tables.Scheme) -> tuple[str, list[tables.Entry]]:
   """Which kind of model the keys are of, and its table."""
   if not any(key.startswith(SCORE_HEADS) for key in found):
-    return "student", tables.student_table(config, tables.LAVIS)
-  table, transform = tables.critic_table(config), f"{HEAD}.transform."
+    return "student", tables.student_table(config, scheme)
+  table, transform = tables.critic_table(config, scheme), f"{HEAD}.transform."
   if not any(key.startswith(transform) for key in found):
     table = [entry for entry in table if not entry.theirs.startswith(transform)]
   return "critic", table
@@ -148,16 +152,17 @@ def _sizes_noted(side: Path) -> StudentConfig:
                           "copy it again") from None
 
 
-def _sizes(config: StudentConfig, found: dict[str, tensors.Tensor], source) -> StudentConfig:
+def _sizes(config: StudentConfig, found: dict[str, tensors.Tensor], scheme: tables.Scheme,
+           source) -> StudentConfig:
   """The config with what the tensors themselves tell: vocabulary, and side of the ViT's grid."""
-  lavis = tables.LAVIS
-  for key in (lavis.words, lavis.vit_positions):
+  for key in (scheme.words, scheme.vit_positions):
     if key not in found:
-      raise CheckpointError(f"{source} has no {key}: it is no stage-1 BLIP-2 of LAVIS")
-  vocabulary = found[lavis.words].shape[0]
-  grid = round((found[lavis.vit_positions].shape[1] - 1)**0.5)
+      raise CheckpointError(f"{source} has no {key}: it is no stage-1 BLIP-2 of LAVIS with the config's "
+                            "ViT (ViT-g/14: configs/common.py; CLIP's ViT-L/14: configs/blip2_vit_l.py)")
+  vocabulary = found[scheme.words].shape[0]
+  grid = round((found[scheme.vit_positions].shape[-2] - 1)**0.5)
   # Any side that gives this grid would do for the table; a checkpoint that fits its config keeps it.
-  side = config.vit.image_size if config.vit.grid == grid else grid * config.vit.patch
+  side = config.vit.image_size if config.vit.grid == (grid, grid) else grid * config.vit.patch
   return dataclasses.replace(
       config, vit=dataclasses.replace(config.vit, image_size=side),
       qformer=dataclasses.replace(config.qformer, vocabulary=vocabulary))

@@ -55,8 +55,8 @@ def export_lavis(model_dir: Path | str, out: Path | str, *, vit: bool = True,
     if file.exists():
       raise CheckpointError(f"{file} is there already: choose another name")
   config = student_config(about["model"])
-  table = (tables.critic_table(config) if kind == "critic" else
-           tables.student_table(config, tables.LAVIS))
+  make_table = tables.critic_table if kind == "critic" else tables.student_table
+  table = make_table(config, tables.lavis_scheme(config))
   reader = trees.LeafReader(model_dir / "params")
   shapes = {name: tuple(entry["shape"]) for name, entry in reader.manifest.items()}
   rest = tables.uncovered(table, shapes)

@@ -3,26 +3,24 @@
 BLIP-2 was trained at 224 px and is used at 364 or 480: the grid of embeddings is then stretched, the
 class token's is kept (LAVIS `interpolate_pos_embed`; transformers `interpolate_pos_encoding`).
 """
-import math
-
 import numpy as np
 
 A = -0.75  # of Keys' cubic convolution kernel in PyTorch; -0.5, as elsewhere, gives other numbers
 
 
-def resize_positions(positions: np.ndarray, grid: int) -> np.ndarray:
-  """float32[1 + g^2, C] -> float32[1 + grid^2, C], class token first.
+def resize_positions(positions: np.ndarray, source: tuple[int, int],
+                     grid: tuple[int, int]) -> np.ndarray:
+  """float32[1 + r c, C] of a source grid (r, c) -> those of another grid, class token first.
 
   As `torch.nn.functional.interpolate(mode="bicubic", align_corners=False)`: no antialiasing, indices
   clamped at the edge.
   """
-  size = math.isqrt(len(positions) - 1)
-  if size == grid:
+  if source == grid:
     return positions
-  weights = bicubic_weights(size, grid)
-  cells = positions[1:].reshape(size, size, -1).astype(np.float64)
-  stretched = np.einsum("yi,xj,ijc->yxc", weights, weights, cells, optimize=True)
-  stretched = stretched.reshape(grid * grid, -1).astype(positions.dtype)
+  down, across = map(bicubic_weights, source, grid)
+  cells = positions[1:].reshape(*source, -1).astype(np.float64)
+  stretched = np.einsum("yi,xj,ijc->yxc", down, across, cells, optimize=True)
+  stretched = stretched.reshape(grid[0] * grid[1], -1).astype(positions.dtype)
   return np.concatenate([positions[:1], stretched])
 
 

@@ -32,7 +32,8 @@ class Imported(NamedTuple):
 
 def write_model(kind: str, config: StudentConfig, table: list[tables.Entry],
                 found: dict[str, Tensor], out: Path | str, *, tokenizer_dir: Path,
-                own: dict[str, Tensor] | None = None, image_size: int | None = None, seed: int = 0,
+                own: dict[str, Tensor] | None = None,
+                image_size: int | tuple[int, int] | None = None, seed: int = 0,
                 progress: bool = True) -> Imported:
   """Fills a model's leaves from PyTorch's tensors and writes its model directory.
 
@@ -43,18 +44,17 @@ def write_model(kind: str, config: StudentConfig, table: list[tables.Entry],
     config: of the source; the student's, but for the image size and the start token of its tokenizer.
     table, found: what `tables.check` has compared.
     own: whole leaves under our own names.
-    image_size: side of the student's pictures, px; None = as the source.
+    image_size: of the student's pictures, px: a side or (height, width); None = as the source.
     seed: of the leaves that neither has.
   """
   checkpoint.refuse_other_folder(out)  # before minutes of work
   tokenizer = tokenizers.load_tokenizer(tokenizer_dir)
   config = dataclasses.replace(config, decoder_start=tokenizers.token_id(tokenizer, tokenizers.DEC))
   positions = next(entry.ours for entry in table if entry.ours.endswith(POSITIONS))
-  source_positions = (1 + config.vit.grid**2, config.vit.width)
+  source = config.vit
+  source_positions = (source.tokens, source.width)
   if image_size is not None:
-    if image_size < config.vit.patch:
-      raise CheckpointError(f"image size {image_size} is less than a patch, {config.vit.patch} px")
-    config = dataclasses.replace(config, vit=dataclasses.replace(config.vit, image_size=image_size))
+    config = dataclasses.replace(config, vit=dataclasses.replace(source, image_size=image_size))
   make = build.maker(kind, config, tokenizer)
   with jax.set_mesh(parallel.make_mesh((1, 1), jax.local_devices()[:1])):
     state = nnx.split(nnx.eval_shape(lambda: make(nnx.Rngs(0))))[1].filter(nnx.Param)
@@ -73,7 +73,7 @@ def write_model(kind: str, config: StudentConfig, table: list[tables.Entry],
         tensor = found[entry.theirs].read()
         part = leaves[entry.ours][(*entry.at, ...)]
         if entry.ours == positions:
-          part[...] = resize_positions(tensor.reshape(source_positions), config.vit.grid)
+          part[...] = resize_positions(tensor.reshape(source_positions), source.grid, config.vit.grid)
         else:
           part[...] = tables.to_ours(entry, tensor, part.shape)
       for name, tensor in own.items():

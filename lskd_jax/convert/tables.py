@@ -3,7 +3,8 @@
 Two schemes of names: `HF`, transformers' `Blip2ForImageTextRetrieval`, and `LAVIS`, the stage-1 model
 of salesforce/LAVIS (`Blip2Qformer`), from which the authors' checkpoints and LSKD's come. The tensors
 are the same; LAVIS stores no key bias of the ViT, and has the language head and ITC's temperature,
-which transformers leaves out.
+which transformers leaves out. `LAVIS_CLIP` is LAVIS with CLIP's ViT, which transformers' BLIP-2 cannot
+hold.
 
 A table is a bijection: `check` refuses a checkpoint with a key too many, a key too few or another
 shape, in one line that lists all of them.
@@ -39,10 +40,12 @@ class Entry(NamedTuple):
 class Scheme:
   """The names of one PyTorch implementation. {i} is a block's number.
 
-  vit_*: of the ViT. key_bias: whether the ViT's q, k and v share one bias tensor, or only q and v
-  have one each. qformer_*: of the Q-Former; `inner` is the word between an attention and its
-  query, key and value. *_proj: of the contrastive embeddings. language_head, temperature: "" = none.
-  ignored: keys that hold nothing to load.
+  vit_*: of the ViT; the first of vit_attention is what stands before `weight` and `bias` of q, k and
+  v. vit_input_norm: "" = none. vit_batch_axis: whether class token and positions have one. key_bias:
+  whether the ViT's q, k and v share one bias tensor, or only q and v have one each. qformer_*: of the
+  Q-Former; `inner` is the word between an attention and its query, key and value. *_proj: of the
+  contrastive embeddings. language_head, temperature: "" = none. ignored: keys that hold nothing to
+  load.
   """
   vit_class: str
   vit_positions: str
@@ -50,6 +53,7 @@ class Scheme:
   vit_block: str
   vit_norms: tuple[str, str]
   vit_attention: tuple[str, str]
+  vit_mlp: tuple[str, str]
   key_bias: bool
   ln_vision: str
   words: str
@@ -59,6 +63,8 @@ class Scheme:
   inner: str
   vision_proj: str
   text_proj: str
+  vit_input_norm: str = ""
+  vit_batch_axis: bool = True
   language_head: str = ""
   temperature: str = ""
   ignored: tuple[str, ...] = ()
@@ -70,7 +76,8 @@ HF = Scheme(
     vit_patches="vision_model.embeddings.patch_embedding",
     vit_block="vision_model.encoder.layers.{i}.",
     vit_norms=("layer_norm1", "layer_norm2"),
-    vit_attention=("self_attn.qkv", "self_attn.projection"),
+    vit_attention=("self_attn.qkv.", "self_attn.projection"),
+    vit_mlp=("mlp.fc1", "mlp.fc2"),
     key_bias=True,
     ln_vision="vision_model.post_layernorm",
     words="embeddings.word_embeddings.weight",
@@ -88,7 +95,8 @@ LAVIS = Scheme(
     vit_patches="visual_encoder.patch_embed.proj",
     vit_block="visual_encoder.blocks.{i}.",
     vit_norms=("norm1", "norm2"),
-    vit_attention=("attn.qkv", "attn.proj"),
+    vit_attention=("attn.qkv.", "attn.proj"),
+    vit_mlp=("mlp.fc1", "mlp.fc2"),
     key_bias=False,
     ln_vision="ln_vision",
     words="Qformer.bert.embeddings.word_embeddings.weight",
@@ -104,6 +112,24 @@ LAVIS = Scheme(
     ignored=("Qformer.bert.embeddings.position_ids", "Qformer.cls.predictions.decoder.weight",
              "Qformer.cls.predictions.decoder.bias"),
 )
+LAVIS_CLIP = dataclasses.replace(
+    LAVIS,
+    vit_class="visual_encoder.class_embedding",
+    vit_positions="visual_encoder.positional_embedding",
+    vit_patches="visual_encoder.conv1",
+    vit_block="visual_encoder.transformer.resblocks.{i}.",
+    vit_norms=("ln_1", "ln_2"),
+    vit_attention=("attn.in_proj_", "attn.out_proj"),
+    vit_mlp=("mlp.c_fc", "mlp.c_proj"),
+    key_bias=True,
+    vit_input_norm="visual_encoder.ln_pre",
+    vit_batch_axis=False,
+)
+
+
+def lavis_scheme(config: StudentConfig) -> Scheme:
+  """LAVIS's names of a student: CLIP's ViT, which has a norm before its blocks, has its own."""
+  return LAVIS_CLIP if config.vit.input_norm else LAVIS
 
 
 def student_table(config: StudentConfig, scheme: Scheme) -> list[Entry]:
@@ -125,14 +151,14 @@ def student_table(config: StudentConfig, scheme: Scheme) -> list[Entry]:
   ]
 
 
-def critic_table(config: StudentConfig) -> list[Entry]:
+def critic_table(config: StudentConfig, scheme: Scheme) -> list[Entry]:
   """Every tensor of LSKD's critic (`Blip2Critic`), which comes in LAVIS's names only.
 
   Its accept head is stage 1's ITM head trained further, label 1 = accept; `qa_head` and `r_head` are
   Linear, ReLU, Linear. It has nothing for contrast.
   """
   table, width = [], config.qformer.width
-  for entry in student_table(config, LAVIS):
+  for entry in student_table(config, scheme):
     part = entry.ours.partition("/")[0]
     if part == "itm_head":
       table.append(entry._replace(ours=entry.ours.replace(part, "accept")))
@@ -148,29 +174,33 @@ def vit_table(config: StudentConfig, scheme: Scheme) -> list[Entry]:
   """The ViT's tensors alone: LAVIS keeps a frozen ViT in a file of its own."""
   vit = config.vit
   block = "vit/stack/blocks"
+  batch = scheme.vit_batch_axis
   table = [
-      Entry(scheme.vit_class, (1, 1, vit.width), "vit/class_token"),
-      Entry(scheme.vit_positions, (1, 1 + vit.grid**2, vit.width), "vit/positions"),
+      Entry(scheme.vit_class, (1, 1, vit.width) if batch else (vit.width,), "vit/class_token"),
+      Entry(scheme.vit_positions, (1,) * batch + (vit.tokens, vit.width), "vit/positions"),
       Entry(f"{scheme.vit_patches}.weight", (vit.width, 3, vit.patch, vit.patch),
             "vit/patchify/kernel", (), "patches"),
-      Entry(f"{scheme.vit_patches}.bias", (vit.width,), "vit/patchify/bias"),
   ]
-  qkv, out = scheme.vit_attention
+  if vit.patch_bias:
+    table.append(Entry(f"{scheme.vit_patches}.bias", (vit.width,), "vit/patchify/bias"))
+  if vit.input_norm:
+    table += norm(scheme.vit_input_norm, "vit/input_norm", vit.width)
+  (qkv, out), (up, down) = scheme.vit_attention, scheme.vit_mlp
   for i in range(vit.depth):
     prefix = scheme.vit_block.format(i=i)
     for ours, theirs in zip(("norm1", "norm2"), scheme.vit_norms):
       table += norm(prefix + theirs, f"{block}/{ours}", vit.width, (i,))
-    table.append(Entry(f"{prefix}{qkv}.weight", (3 * vit.width, vit.width), f"{block}/qkv/kernel",
+    table.append(Entry(f"{prefix}{qkv}weight", (3 * vit.width, vit.width), f"{block}/qkv/kernel",
                        (i,), "linear"))
     if scheme.key_bias:
-      table.append(Entry(f"{prefix}{qkv}.bias", (3 * vit.width,), f"{block}/qkv/bias", (i,)))
+      table.append(Entry(f"{prefix}{qkv}bias", (3 * vit.width,), f"{block}/qkv/bias", (i,)))
     else:
-      attention = prefix + qkv.rpartition(".")[0]
+      attention = prefix + qkv.partition(".")[0]
       table += [Entry(f"{attention}.{name}_bias", (vit.width,), f"{block}/qkv/bias", (i, row))
                 for name, row in (("q", 0), ("v", 2))]
     table += linear(prefix + out, f"{block}/out", vit.width, vit.width, (i,))
-    table += linear(f"{prefix}mlp.fc1", f"{block}/mlp/up", vit.width, vit.hidden, (i,))
-    table += linear(f"{prefix}mlp.fc2", f"{block}/mlp/down", vit.hidden, vit.width, (i,))
+    table += linear(prefix + up, f"{block}/mlp/up", vit.width, vit.hidden, (i,))
+    table += linear(prefix + down, f"{block}/mlp/down", vit.hidden, vit.width, (i,))
   return table
 
 

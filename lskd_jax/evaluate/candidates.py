@@ -74,7 +74,7 @@ class Scorer:
     return found
 
   def features(self, image: np.ndarray, batch: int = 64) -> np.ndarray:
-    """The ViT's tokens of every picture: uint8[N, H, W, 3] -> float32[N, 1 + grid^2, C]."""
+    """The ViT's tokens of every picture: uint8[N, H, W, 3] -> float32[N, 1 + rows * columns, C]."""
     mesh = jax.sharding.get_mesh()
     parts = [np.asarray(self._see(self.state, parallel.put_batch(rows, mesh)["image"]))
              for rows in in_batches({"image": image}, batch)]

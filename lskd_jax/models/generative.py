@@ -72,7 +72,8 @@ class GenerativeStudent(nnx.Module):
     self.ln_vision = layers.layer_norm(vision, config.vision_eps, rngs)
     self.decoder = DECODERS[config.language_model][1](config.decoder, rngs, dtype)
     embed = self.decoder.words.shape[1]
-    self.regions = RegionEncoder(vision, width, config.max_regions, config.sites, rngs, embed)
+    self.regions = RegionEncoder(vision, config.vit.grid, width, config.max_regions, config.sites,
+                                 rngs, embed)
     self.qformer = QFormer(config.qformer, vision, rngs, dtype)
     self.decoder_proj = layers.Dense((width,), (embed,), jax.P("fsdp", None), rngs, dtype=dtype)
     self.opens_bracket = Table(jnp.asarray(opens_bracket, bool))

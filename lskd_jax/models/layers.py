@@ -18,6 +18,11 @@ REMAT_POLICIES = {
     "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
 }  # and "none": save everything
 
+ACTIVATIONS = {
+    "gelu": functools.partial(jax.nn.gelu, approximate=False),  # BERT, ViT
+    "quick_gelu": lambda x: x * jax.nn.sigmoid(1.702 * x),      # CLIP
+}
+
 MASKED = float(jnp.finfo(jnp.float32).min)
 
 
@@ -79,16 +84,19 @@ def rms_norm(x: jax.Array, eps: float = 1e-6) -> jax.Array:
 
 
 class Mlp(nnx.Module):
-  """down(gelu(up(x))) with the exact (erf) GELU that BERT and ViT use."""
+  """down(activation(up(x))), the activation one of ACTIVATIONS."""
 
-  def __init__(self, width: int, hidden: int, rngs, dtype=jnp.float32):
+  def __init__(self, width: int, hidden: int, rngs, dtype=jnp.float32, activation: str = "gelu"):
+    if activation not in ACTIVATIONS:
+      raise ValueError(f"activation {activation!r} is unknown: choose {', '.join(ACTIVATIONS)}")
+    self.activation = activation
     self.up = Dense((width,), (hidden,), W_DF, rngs, dtype=dtype)
     self.down = Dense((hidden,), (width,), W_FD, rngs, dtype=dtype)
 
   def __call__(self, x: jax.Array) -> jax.Array:
     """[B, ..., D] -> [B, ..., D]."""
     hidden_spec = jax.P("fsdp", *(None,) * (x.ndim - 2), "tensor")
-    return self.down(jax.nn.gelu(self.up(x, hidden_spec), approximate=False))
+    return self.down(ACTIVATIONS[self.activation](self.up(x, hidden_spec)))
 
 
 def dropout(x: jax.Array, rate: float, key) -> jax.Array:

@@ -25,18 +25,18 @@ ROI = 3           # RoIAlign bins per side
 ROI_SAMPLES = 2   # samples per bin and side, as torchvision's sampling_ratio=2
 
 
-def coverage(boxes: jax.Array, grid: int) -> jax.Array:
-  """Share of each patch that each box covers: float32[B, R, 4] -> float32[B, R, grid, grid].
+def coverage(boxes: jax.Array, grid: tuple[int, int]) -> jax.Array:
+  """Share of each patch that each box covers: float32[B, R, 4] -> float32[B, R, rows, columns].
 
   Analytic and separable: the mean over the grid is the box's area, exactly, and a box smaller than
   a patch still covers some of it.
   """
-  cells = jnp.arange(grid, dtype=jnp.float32)
-
-  def overlap(low, high):  # [B, R] -> [B, R, grid]
-    return jnp.clip(jnp.minimum(high[..., None] * grid, cells + 1)
-                    - jnp.maximum(low[..., None] * grid, cells), 0, 1)
-  along_x, along_y = overlap(boxes[..., 0], boxes[..., 2]), overlap(boxes[..., 1], boxes[..., 3])
+  def overlap(low, high, size):  # [B, R] -> [B, R, size]
+    cells = jnp.arange(size, dtype=jnp.float32)
+    return jnp.clip(jnp.minimum(high[..., None] * size, cells + 1)
+                    - jnp.maximum(low[..., None] * size, cells), 0, 1)
+  along_y = overlap(boxes[..., 1], boxes[..., 3], grid[0])
+  along_x = overlap(boxes[..., 0], boxes[..., 2], grid[1])
   return along_y[..., :, None] * along_x[..., None, :]
 
 
@@ -94,18 +94,19 @@ class RegionEncoder(nnx.Module):
   """Boxes and image features -> what is added at sites P, Q and T.
 
   Args:
-    vision: width C of the ViT's tokens. width: width D of the Q-Former.
+    vision: width C of the ViT's tokens. grid: (rows, columns) of its patches.
+    width: width D of the Q-Former.
     max_regions: slots there can be.
     sites: which of P, Q, T are on; sites that are off contribute exactly nothing.
     decoder: width E of the word embeddings that mention vectors are added to where a decoder reads
       the texts; None = the Q-Former reads them, which also has a text-only pass.
   """
 
-  def __init__(self, vision: int, width: int, max_regions: int, sites: str, rngs,
-               decoder: int | None = None):
+  def __init__(self, vision: int, grid: tuple[int, int], width: int, max_regions: int, sites: str,
+               rngs, decoder: int | None = None):
     if set(sites) - set("PQT"):
       raise ValueError(f"region sites {sites!r}: only the letters P, Q and T are known")
-    self.sites = sites
+    self.grid, self.sites = tuple(grid), sites
     encoding = 6 * (1 + 2 * FREQUENCIES)
     whole = REPLICATED  # these matrices are small
     self.geometry_in = layers.Dense((encoding,), (width,), jax.P(None, None), rngs)
@@ -120,16 +121,15 @@ class RegionEncoder(nnx.Module):
     """Applies site P and prepares sites Q and T.
 
     Args:
-      features: [B, 1 + grid^2, C], class token first.
+      features: [B, 1 + rows * columns, C], class token first.
       boxes: float32[B, R, 4]; valid: bool[B, R].
 
     Returns:
-      painted features [B, 1 + grid^2, C], RoI tokens [B, R * 9, C], mention vectors [B, R, D or E].
+      painted features as they came, RoI tokens [B, R * 9, C], mention vectors [B, R, D or E].
     """
     patches = features[:, 1:].astype(jnp.float32)
-    grid = math.isqrt(patches.shape[1])
-    shape = (patches.shape[0], grid, grid, patches.shape[2])
-    cover = coverage(boxes, grid) * valid[..., None, None]
+    shape = (patches.shape[0], *self.grid, patches.shape[2])
+    cover = coverage(boxes, self.grid) * valid[..., None, None]
     # Pooled before painting, so that what a mention sees does not depend on other regions.
     pooled = jnp.einsum("brhw,bhwc->brc", cover, layers.reshape(patches, *shape))
     pooled /= cover.sum((-1, -2))[..., None] + 1e-6

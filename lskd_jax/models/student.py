@@ -4,7 +4,6 @@ Everything about an image is computed once (`see`) and used by as many statement
 there are. Axes: B images, S texts of an image, T tokens, R region slots, Q queries, E embedding.
 """
 import dataclasses
-import math
 from typing import Any, NamedTuple
 
 from flax import nnx
@@ -94,7 +93,8 @@ class Student(nnx.Module):
     self.config = config
     self.vit = Vit(config.vit, rngs, dtype)
     self.ln_vision = layers.layer_norm(vision, config.vision_eps, rngs)
-    self.regions = RegionEncoder(vision, width, config.max_regions, config.sites, rngs)
+    self.regions = RegionEncoder(vision, config.vit.grid, width, config.max_regions, config.sites,
+                                 rngs)
     self.qformer = QFormer(config.qformer, vision, rngs, dtype)
     self.vision_proj = layers.Dense((width,), (config.embed,), jax.P("fsdp", None), rngs)
     self.text_proj = layers.Dense((width,), (config.embed,), jax.P("fsdp", None), rngs)
@@ -201,7 +201,7 @@ class Tagger(nnx.Module):
       float32[B, R + 1, V].
     """
     logits = self.words(self.norm(self.vit(image)[:, 1:]))
-    cover = coverage(boxes, math.isqrt(logits.shape[1]))
+    cover = coverage(boxes, self.vit.config.grid)
     cover = layers.reshape(cover, *boxes.shape[:2], logits.shape[1]) * valid[..., None]
     cover = jnp.concatenate([cover, jnp.ones_like(cover[:, :1])], 1)
     highest = jax.lax.stop_gradient(logits.max(1, keepdims=True))

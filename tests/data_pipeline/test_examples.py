@@ -57,14 +57,17 @@ def test_region_modes(root, tokenizer):
 # ---- augmentation ----
 
 
-def test_boxes_follow_crops_and_mirroring(corpus, tokenizer):
-  options = dataclasses.replace(OPTIONS, augment=True, image_size=64, batch_size=40)
+@pytest.mark.parametrize("size", [(64, 64), (48, 96)])
+def test_boxes_follow_crops_and_mirroring(corpus, tokenizer, size):
+  """Boxes are shares of height and width, whatever the two are."""
+  options = dataclasses.replace(OPTIONS, augment=True, image_size=size, batch_size=40)
   batch = batch_at(corpus, tokenizer, options, 0, 0)
+  assert batch["image"].shape == (40, *size, 3)
   assert len({image.tobytes() for image in batch["image"]}) > 20
-  seen = set()
+  seen, (height, width) = set(), size
   for image, boxes, valid in zip(batch["image"], batch["boxes"], batch["region_valid"]):
     for x1, y1, x2, y2 in boxes[valid]:
-      red, _, blue = image[int(32 * (y1 + y2)), int(32 * (x1 + x2))].astype(int)
+      red, _, blue = image[int(height * (y1 + y2) / 2), int(width * (x1 + x2) / 2)].astype(int)
       assert abs(red - blue) > 200  # the centre of a box is still red or blue
       seen.add((red > blue, x1 < 0.4))
   assert seen == {(True, True), (True, False), (False, True), (False, False)}

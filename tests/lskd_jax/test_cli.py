@@ -327,6 +327,9 @@ def test_weights_out_and_in_again(tmp_path, capsys):
   told = capsys.readouterr().out
   assert told == f"export: {tmp_path / 'hf'}\nimport: a student in {tmp_path / 'again'}\n"
   assert trees_of(model) == trees_of(tmp_path / "again")
+  lskd("import", "--from", "hf", tmp_path / "hf", "--out", tmp_path / "wide", "--image-size", "24x96")
+  about = json.loads((tmp_path / "wide" / "config.json").read_text())
+  assert about["model"]["vit"]["image_size"] == [24, 96]
 
 
 def test_to_lavis_and_in_again(tmp_path, capsys):
@@ -373,6 +376,9 @@ def test_what_an_export_takes_depends_on_its_target(tmp_path, capsys):
 @pytest.mark.parametrize("words,error", [
   ("--from lavis x.pth", "--from lavis needs --tokenizer DIR"),
   ("--from hf x --vit eva.pth", "--vit is for --from lavis"),
+  ("--from hf x --image-size 224x", "'224x' is not PX or HEIGHTxWIDTH, such as 364 or 224x448"),
+  ("--from hf x --image-size 0", "'0' is not PX or HEIGHTxWIDTH"),
+  ("--from hf x --image-size 1x2x3", "'1x2x3' is not PX or HEIGHTxWIDTH"),
 ])
 def test_what_an_import_needs_depends_on_its_source(words, error, capsys, tmp_path):
   with pytest.raises(SystemExit) as caught:

@@ -5,12 +5,13 @@ from data_pipeline.records import DataError
 from lskd_jax.config_files import known_keys, load_config, set_value
 
 FILE = """
-from ml_collections import ConfigDict
+from ml_collections import ConfigDict, FieldReference
 
 def get_config():
   return ConfigDict(dict(
     steps=10, name="run", min_score=None,
-    optim=dict(learning_rate=1e-3, warmup_steps=5), mesh=(1, 1), parts=(), augment=False))
+    optim=dict(learning_rate=1e-3, warmup_steps=5), mesh=(1, 1), parts=(), augment=False,
+    size=FieldReference(224, field_type=object)))
 """
 
 
@@ -38,6 +39,9 @@ def file(tmp_path):
     ("parts='vit'", "parts", ("vit",)),
     ("min_score=0.8", "min_score", 0.8),
     ("min_score=None", "min_score", None),
+    ("size=364", "size", 364),
+    ("size=(224,448)", "size", (224, 448)),
+    ("size=224,448", "size", (224, 448)),
 ])
 def test_a_value_is_read_as_the_type_of_its_default(file, override, key, value):
   config = load_config(file, [override])
@@ -65,6 +69,8 @@ def test_the_last_of_two_overrides_counts(file):
     ("optim.learning_rate=fast", "a number is wanted"),
     ("mesh=(4,'a')", r"a list like the default \(1, 1\) is wanted"),
     ("mesh=(4,", "a list such as"),
+    ("size=224x448", r"a whole number or a pair such as \(224, 448\) is wanted"),
+    ("size=1.5", "a whole number or a pair"),
     ("min_score=high", "a number, None or a text in quotes is wanted"),
 ])
 def test_a_wrong_key_or_type_is_one_line_that_names_it(file, override, error):

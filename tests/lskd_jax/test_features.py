@@ -83,6 +83,14 @@ def test_the_same_numbers_in_another_shape_are_another_vit(corpus, tmp_path):
   assert stamp(tmp_path) != before
 
 
+def test_the_same_numbers_at_another_image_size_are_another_vit(vit, corpus, tmp_path):
+  """One row of four patches has as many position embeddings as two of two."""
+  square = np.array(of(vit, corpus, tmp_path))
+  graph, state = nnx.split(Vit(dataclasses.replace(SIZE, image_size=(12, 48)), nnx.Rngs(0)))
+  flat = nnx.merge(graph, nnx.split(vit)[1])
+  assert not np.allclose(of(flat, corpus, tmp_path), square)
+
+
 def test_other_pictures_have_other_features(vit, corpus, words, tmp_path):
   records = list(stages.read_records(words))
   first = np.array(of(vit, corpus, tmp_path))

@@ -13,7 +13,16 @@ from lskd_jax import checkpoint, trees
 from lskd_jax.convert import hf, tensors
 from lskd_jax.trees import CheckpointError
 from tests.lskd_jax import tiny_models
-from tests.lskd_jax.torch_blip2 import WORDS, inputs, ours, reference, save, theirs
+from tests.lskd_jax.torch_blip2 import (
+  WORDS,
+  inputs,
+  our_features,
+  ours,
+  reference,
+  save,
+  their_features,
+  theirs,
+)
 
 # vit: side, patch, width, depth, heads, hidden; Q-Former: width, depth, heads, hidden, queries,
 # cross-attention every; width of the embeddings. Little divides anything evenly.
@@ -59,14 +68,36 @@ def test_the_same_numbers_as_pytorch(shape, tmp_path, tokenizer):
   assert (wanted[1].argmax(-1) == computed[1].argmax(-1)).all()
 
 
-def test_another_image_size_stretches_the_positions(saved, tmp_path, tokenizer):
-  """As transformers does at run time when asked to."""
-  model, folder = saved
-  found = hf.import_hf(folder, tmp_path / "ours", image_size=45, progress=False)
-  pixels = np.random.default_rng(0).integers(0, 256, (2, 45, 45, 3), np.uint8)
-  tokens = inputs(model, tokenizer[0])[1]
-  wanted = theirs(model, pixels, tokens, interpolate_pos_encoding=True)[0]
-  np.testing.assert_allclose(ours(found.model, pixels, tokens)[0], wanted, atol=3e-5)
+@pytest.mark.parametrize("size", [(364, 364), (480, 480), (224, 448), (112, 448), (250, 130)])
+def test_another_image_size_stretches_the_positions(size, tmp_path, tokenizer):
+  """As transformers does at run time when asked to; 112x448 has as many patches as 224x224."""
+  model = reference((224, 28, *SHAPES[0][2:]), tokenizer[0].get_vocab_size())
+  folder = save(model, tmp_path / "theirs", tokenizer[1])
+  found = hf.import_hf(folder, tmp_path / "ours", image_size=size, progress=False)
+  pixels = np.random.default_rng(0).integers(0, 256, (2, *size, 3), np.uint8)
+  wanted = their_features(model, pixels, interpolate_pos_encoding=True)
+  have = our_features(found.model, pixels)
+  assert np.abs(wanted - have).max() <= 1e-5 * np.abs(wanted).max()
+  if size[0] != size[1]:  # the list in config.json is a pair again; transformers has squares only
+    assert checkpoint.load_config(found.model)["model"]["vit"]["image_size"] == list(size)
+    with pytest.raises(CheckpointError, match=f"sees pictures of {size[0]}x{size[1]} px; .* squares"):
+      hf.export_hf(found.model, tmp_path / "hf", progress=False)
+    assert not (tmp_path / "hf").exists()
+
+
+def test_quick_gelu_goes_in_and_out(saved, tmp_path, tokenizer):
+  """A transformers ViT may have CLIP's activation."""
+  model, _ = saved
+  model.config.vision_config.hidden_act = "quick_gelu"
+  folder = save(model, tmp_path / "quick", tokenizer[1])
+  model = Blip2ForImageTextRetrieval.from_pretrained(folder)
+  found = hf.import_hf(folder, tmp_path / "ours", progress=False)
+  pixels = inputs(model, tokenizer[0])[0]
+  wanted, have = their_features(model, pixels), our_features(found.model, pixels)
+  assert np.abs(wanted - have).max() <= 1e-5 * np.abs(wanted).max()
+  back = hf.export_hf(found.model, tmp_path / "back", progress=False)
+  config = json.loads((back / "config.json").read_text())
+  assert config["vision_config"]["hidden_act"] == "quick_gelu"
 
 
 def test_out_again_every_tensor_is_the_same_to_the_byte(saved, tmp_path):
@@ -160,8 +191,10 @@ def lose_a_shard(folder):
     (lambda folder: (folder / tensors.SINGLE).unlink(), "holds neither model.safetensors nor"),
     (lambda folder: (folder / "config.json").unlink(), "it has no config.json"),
     (lambda folder: edit_config(folder, "model_type", value="blip"), "model_type is 'blip'"),
-    (lambda folder: edit_config(folder, "vision_config", "hidden_act", value="quick_gelu"),
-     "vision_config.hidden_act is 'quick_gelu'"),
+    (lambda folder: edit_config(folder, "vision_config", "hidden_act", value="relu"),
+     "vision_config.hidden_act is 'relu'; only gelu and quick_gelu are computed here"),
+    (lambda folder: edit_config(folder, "qformer_config", "hidden_act", value="quick_gelu"),
+     "qformer_config.hidden_act is 'quick_gelu'"),
     (lambda folder: edit_config(folder, "vision_config", "image_size", value=[28, 42]),
      "is not square"),
     (lambda folder: edit_config(folder, "vision_config", "num_hidden_layers", value=1),

@@ -1,4 +1,5 @@
 """LAVIS's .pth files in and out: its stage-1 model, LSKD's critic, the frozen ViT in a file of its own."""
+import dataclasses
 import hashlib
 import pickle
 
@@ -7,17 +8,18 @@ import jax
 import numpy as np
 import pytest
 import torch
+from transformers import CLIPVisionConfig, CLIPVisionModel
 
 from data_pipeline import corpus_stages, stages, tokenizer as tokenizers
 from lskd_jax import checkpoint, parallel, scoring, trees
-from lskd_jax.convert import hf, lavis, lavis_export, tensors
+from lskd_jax.convert import hf, lavis, lavis_export, tables, tensors
 from lskd_jax.models import build
 from lskd_jax.models.qformer import QFormerConfig
 from lskd_jax.models.student import StudentConfig
-from lskd_jax.models.vit import VitConfig
+from lskd_jax.models.vit import CLIP_VIT_L, VitConfig
 from lskd_jax.trees import CheckpointError
 from tests.lskd_jax import tiny_models
-from tests.lskd_jax.torch_blip2 import WORDS, inputs, ours, reference, theirs
+from tests.lskd_jax.torch_blip2 import WORDS, inputs, noise, normalised, our_features, ours, reference, theirs
 
 SHAPE = (28, 7, 24, 3, 2, 40, 16, 4, 2, 32, 3, 2, 8)
 CONFIG = StudentConfig(
@@ -126,6 +128,103 @@ def test_from_lavis_to_transformers(made, tmp_path):
   folder = hf.export_hf(found.model, tmp_path / "hf", progress=False)
   again = type(model).from_pretrained(folder)
   assert all((a == b).all() for a, b in zip(model.parameters(), again.parameters()))
+
+
+# --- CLIP's ViT ----------------------------------------------------------------------------------
+
+
+CLIP = dataclasses.replace(CONFIG, vit=dataclasses.replace(
+    CLIP_VIT_L, image_size=28, patch=7, width=24, depth=2, heads=2, hidden=40))
+
+
+def clip_model(vit: VitConfig, **options):
+  """transformers' CLIP tower with a block more than BLIP-2 uses."""
+  return CLIPVisionModel(CLIPVisionConfig(
+      hidden_size=vit.width, num_hidden_layers=vit.depth + 1, num_attention_heads=vit.heads,
+      intermediate_size=vit.hidden, image_size=vit.image_size, patch_size=vit.patch, **options))
+
+
+def clip_names(state: dict) -> dict:
+  """Its state under the names of OpenAI's CLIP, which LAVIS keeps."""
+  renamed = {}
+  for key, value in state.items():
+    if "k_proj" in key or "v_proj" in key:
+      continue
+    if "q_proj" in key:  # q, k and v are one tensor
+      value = torch.cat([state[key.replace("q_proj", name)] for name in ("q_proj", "k_proj", "v_proj")])
+    for theirs_, lavis_ in (
+        ("embeddings.class_embedding", "class_embedding"),
+        ("embeddings.position_embedding.weight", "positional_embedding"),
+        ("embeddings.patch_embedding", "conv1"), ("pre_layrnorm", "ln_pre"),
+        ("post_layernorm", "ln_post"), ("encoder.layers", "transformer.resblocks"),
+        ("self_attn.q_proj.", "attn.in_proj_"), ("self_attn.out_proj", "attn.out_proj"),
+        ("layer_norm", "ln_"), ("mlp.fc1", "mlp.c_fc"), ("mlp.fc2", "mlp.c_proj")):
+      key = key.replace(theirs_, lavis_)
+    renamed[key] = value
+  return renamed
+
+
+@pytest.fixture(scope="module")
+def clip(made):
+  """(CLIP's tower, its state under LAVIS's names, the rest of a stage-1 model)."""
+  model = noise(clip_model(CLIP.vit))
+  rest = {key: value for key, value in made[1].items() if not key.startswith(lavis.VIT)}
+  return model, clip_names(model.state_dict()), rest
+
+
+@pytest.mark.parametrize("image_size", [None, 45, (28, 56), (14, 56)])
+def test_clips_vit_from_its_own_file(made, clip, tmp_path, image_size):
+  """Its last block, last norm and projection are passed over; at any size it is that of PyTorch."""
+  model, vit, rest = clip
+  torch.save({"model": rest}, tmp_path / "blip2.pth")
+  torch.save(vit | {"proj": torch.zeros(24, 8)}, tmp_path / "clip.pth")
+  found = lavis.import_lavis(
+      tmp_path / "blip2.pth", tmp_path / "ours", config=CLIP, tokenizer_dir=made[3],
+      vit=tmp_path / "clip.pth", image_size=image_size, progress=False)
+  size = dataclasses.replace(CLIP.vit, image_size=image_size or 28).size
+  pixels = np.random.default_rng(0).integers(0, 256, (2, *size, 3), np.uint8)
+  with torch.no_grad():
+    states = model(normalised(pixels), interpolate_pos_encoding=True,
+                   output_hidden_states=True).hidden_states
+  want = states[CLIP.vit.depth].numpy()
+  have = our_features(found.model, pixels)
+  assert np.abs(want - have).max() <= 1e-5 * np.abs(want).max()
+
+
+def test_clips_vit_within_the_checkpoint(made, clip, tmp_path):
+  """`blip2_pretrained_vitL.pth`; with the sizes of another ViT, the line says where its own are."""
+  _, vit, rest = clip
+  whole = rest | {lavis.VIT + key: value for key, value in vit.items()
+                  if "resblocks.2" not in key and "ln_post" not in key}
+  torch.save(whole, tmp_path / "blip2.pth")
+  load = lambda config: lavis.import_lavis(tmp_path / "blip2.pth", tmp_path / "ours", config=config,
+                                           tokenizer_dir=made[3], progress=False)
+  with pytest.raises(CheckpointError, match="has no visual_encoder.pos_embed: .*configs/blip2_vit_l.py"):
+    load(CONFIG)
+  found = load(CLIP)
+  leaves = trees.named_leaves(checkpoint.load_model(found.model)[1])
+  table = tables.vit_table(CLIP, tables.LAVIS_CLIP)
+  assert {entry.theirs for entry in table} == {key for key in whole if key.startswith(lavis.VIT)}
+  for entry in table:  # every number goes back to where it came from
+    back = tables.to_theirs(entry, leaves[entry.ours][(*entry.at, ...)])
+    assert back.tobytes() == whole[entry.theirs].numpy().tobytes(), entry
+  with pytest.raises(CheckpointError, match="ours has CLIP's ViT .* transformers' BLIP-2 cannot hold"):
+    hf.export_hf(found.model, tmp_path / "hf", progress=False)
+
+
+def test_the_named_size_is_that_of_clips_vit_l():
+  """Name by name and shape by shape, without its last block and last norm; nothing is allocated."""
+  with torch.device("meta"):
+    state = clip_names(clip_model(CLIP_VIT_L).state_dict())
+  want = {lavis.VIT + key: tuple(value.shape) for key, value in state.items()
+          if "resblocks.23." not in key and "ln_post" not in key}
+  table = tables.vit_table(StudentConfig(vit=CLIP_VIT_L), tables.LAVIS_CLIP)
+  assert {entry.theirs: entry.shape for entry in table} == want
+  defaults = CLIPVisionConfig()  # of activation and epsilon: OpenAI's
+  assert (CLIP_VIT_L.activation, CLIP_VIT_L.eps) == (defaults.hidden_act, defaults.layer_norm_eps)
+
+
+# --- what is refused -----------------------------------------------------------------------------
 
 
 class Payload:

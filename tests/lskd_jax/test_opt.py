@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from lskd_jax.models.decoders.opt import OptConfig, Opt
+from lskd_jax.models.decoders.opt import Opt, OptConfig
 from lskd_jax.parallel import ACT_B
 from tests.lskd_jax.torch_decoders import OPT_SHAPES, left_padded, opt_pair
 

@@ -154,6 +154,23 @@ def test_regions_reach_the_model_as_it_was_trained(mode, drawn, boxes, picture, 
   assert rows["region_valid"].sum() == boxes
 
 
+@pytest.mark.parametrize("mode", ["tokens", "overlay"])
+def test_a_model_may_see_pictures_that_are_no_squares(mode, picture, tmp_path):
+  """They are squashed to its height and width; boxes stay the same shares of the picture."""
+  model = lskd_jax.load(make_model(tmp_path / "model", region_mode=mode, image_size=(24, 96)))
+  assert model.config.vit.image_size == (24, 96)
+  heard, score = [], model._scorer
+  model._scorer = lambda rows: heard.append(rows) or score(rows)
+  here, there = (model.score(picture, boxes, [WHO])[0] for boxes in (BOXES, BOXES[::-1]))
+  assert abs(here["itm"] - there["itm"]) > 1e-5
+  shown = Image.fromarray(picture)
+  shown = regions.draw_overlay(shown, BOXES) if mode == "overlay" else shown
+  expected = np.asarray(shown.resize((96, 24), Image.Resampling.BICUBIC))
+  np.testing.assert_array_equal(heard[0]["image"], expected[None])
+  if mode == "tokens":
+    np.testing.assert_allclose(heard[0]["boxes"][0, :2], [[0, 0, .5, 2 / 3], [.375, 1 / 6, 1, 1]])
+
+
 def test_no_texts_no_scores(model, picture):
   assert model.score(picture, BOXES, []) == []
 

@@ -20,7 +20,7 @@ from tests.lskd_jax.tiny import BRACKET, CLOSE, DIGITS, GATES, REGIONS, STUDENT,
 pytestmark = pytest.mark.usefixtures("one_device")
 
 WITHOUT = dataclasses.replace(STUDENT, region_mode="none")
-GRID, VISION = STUDENT.vit.grid, STUDENT.vit.width
+TOKENS, VISION = STUDENT.vit.tokens, STUDENT.vit.width
 
 
 def on_mesh(rows):
@@ -30,7 +30,7 @@ def on_mesh(rows):
 def batch_with_features(seed=0, **changes):
   """A batch whose images are given as what a ViT would say of them."""
   rows = tiny.batch(seed)
-  shape = (len(rows.pop("image")), 1 + GRID**2, VISION)
+  shape = (len(rows.pop("image")), TOKENS, VISION)
   rows["features"] = np.random.default_rng(seed).normal(size=shape).astype(np.float32)
   return rows | changes
 
@@ -117,7 +117,7 @@ def test_sites_that_are_off_contribute_nothing():
 
 
 def test_fresh_gates_are_zero_and_nothing_else_is():
-  encoder = regions.RegionEncoder(4, 4, 2, "PQT", nnx.Rngs(0))
+  encoder = regions.RegionEncoder(4, (2, 3), 4, 2, "PQT", nnx.Rngs(0))
   zero = {path[0] for path, leaf in nnx.to_flat_state(nnx.split(encoder)[1])
           if path[-1] != "bias" and not np.any(leaf[...])}
   assert zero == {"paint_gate", "mention_gate", "identity_gate"}
@@ -241,20 +241,33 @@ def test_text_features_in_the_loss_do_not_depend_on_images_or_boxes(monkeypatch)
 
 def test_coverage_of_a_box_by_hand():
   """On a 2x2 grid, x from 1/4 to 3/4 is half of each column; y from 0 to 1/2 is the first row."""
-  cover = regions.coverage(jnp.array([[[0.25, 0.0, 0.75, 0.5]]]), 2)
+  cover = regions.coverage(jnp.array([[[0.25, 0.0, 0.75, 0.5]]]), (2, 2))
   np.testing.assert_allclose(cover[0, 0], [[0.5, 0.5], [0, 0]], atol=1e-7)
 
 
-def test_coverage_adds_up_to_the_area():
+def coverage_loop(box, rows, columns):
+  """The share of every patch that lies in the box, one patch at a time, in float64."""
+  share = np.zeros((rows, columns))
+  x1, y1, x2, y2 = np.asarray(box, np.float64) * [columns, rows, columns, rows]
+  for i, j in np.ndindex(rows, columns):
+    share[i, j] = max(min(y2, i + 1) - max(y1, i), 0) * max(min(x2, j + 1) - max(x1, j), 0)
+  return share
+
+
+@pytest.mark.parametrize("grid", [(7, 7), (3, 8), (5, 1)])
+def test_coverage_is_the_share_of_every_patch(grid):
   boxes = tiny.batch(3, images=8)["boxes"]
-  cover = np.asarray(regions.coverage(jnp.asarray(boxes), 7))
+  cover = np.asarray(regions.coverage(jnp.asarray(boxes), grid))
+  assert cover.shape == (8, REGIONS, *grid)
+  expected = [[coverage_loop(box, *grid) for box in image] for image in boxes]
+  np.testing.assert_allclose(cover, expected, atol=2e-6)
   area = (boxes[..., 2] - boxes[..., 0]) * (boxes[..., 3] - boxes[..., 1])
   np.testing.assert_allclose(cover.mean((-1, -2)), area, atol=1e-6)
   assert cover.min() >= 0 and cover.max() <= 1
 
 
 def test_a_box_smaller_than_a_patch_covers_its_own_patch_only():
-  cover = np.asarray(regions.coverage(jnp.array([[[0.55, 0.30, 0.56, 0.31]]]), 4))[0, 0]
+  cover = np.asarray(regions.coverage(jnp.array([[[0.55, 0.30, 0.56, 0.31]]]), (4, 4)))[0, 0]
   assert np.argwhere(cover).tolist() == [[1, 2]]  # row 0.30 * 4, column 0.55 * 4
   assert cover.sum() == pytest.approx(0.04 * 0.04, rel=1e-4)
 
@@ -317,15 +330,18 @@ def test_roi_align_of_a_ramp_reads_where_the_box_is():
   np.testing.assert_allclose(along_y, np.tile([[0.45], [0.55], [0.65]], (1, 3)), atol=1e-6)
 
 
-def test_the_encoder_is_that_of_the_formulas():
+@pytest.mark.parametrize("image_size", [32, (16, 64)])
+def test_the_encoder_is_that_of_the_formulas(image_size):
+  """On 4 x 4 patches, and on as many in 2 rows of 8."""
   rows = batch_with_features()
-  encoder = student().regions
+  vit = dataclasses.replace(STUDENT.vit, image_size=image_size)
+  encoder = student(dataclasses.replace(STUDENT, vit=vit)).regions
   inputs = (on_mesh(rows[name]) for name in ("features", "boxes", "region_valid"))
   got = jax.jit(lambda encoder, *inputs: encoder(*inputs))(encoder, *inputs)
   p = tiny.pure(encoder)
   for b, boxes in enumerate(rows["boxes"]):
     features = rows["features"][b].astype(np.float64)
-    cover = np.asarray(regions.coverage(jnp.asarray(boxes)[None], GRID))[0].reshape(REGIONS, -1)
+    cover = np.stack([coverage_loop(box, *vit.grid).reshape(-1) for box in boxes])
     painted = features.copy()
     for k, box in enumerate(boxes):
       valid = rows["region_valid"][b, k]
@@ -339,7 +355,7 @@ def test_the_encoder_is_that_of_the_formulas():
       painted[1:] += valid * np.outer(cover[k], (geometry + p["slot"][k]) @ p["paint_gate"])
       np.testing.assert_allclose(got[2][b, k], valid * region @ p["mention_gate"], atol=2e-5)
     np.testing.assert_allclose(got[0][b], painted, atol=5e-5)
-    grid = painted[1:].reshape(GRID, GRID, VISION)
+    grid = painted[1:].reshape(*vit.grid, VISION)
     tokens = [roi_align_loop(grid, box.astype(np.float64)).reshape(9, VISION) for box in boxes]
     np.testing.assert_allclose(got[1][b], np.concatenate(tokens), atol=5e-5)
 

@@ -149,7 +149,7 @@ def test_a_words_logit_is_a_log_mean_exp_over_the_patches_of_a_place(tagger, row
   p = tiny.pure(tagger)
   features = np.asarray(jax.jit(lambda t, i: t.norm(t.vit(i)[:, 1:]))(tagger, put(rows)["image"]))
   patches = dense(features.astype(np.float64), p["words"])
-  grid = STUDENT.vit.grid
+  grid = STUDENT.vit.grid[0]
   for b, boxes in enumerate(rows["boxes"]):
     for k, (x1, y1, x2, y2) in enumerate([*boxes, (0, 0, 1, 1)]):
       if k < tiny.REGIONS and not rows["region_valid"][b, k]:

@@ -31,11 +31,12 @@ OVERRIDES = [
 ]
 
 
-def make_model(folder, kind="student", region_mode="tokens"):
+def make_model(folder, kind="student", region_mode="tokens", image_size=48):
   """Writes a model directory with random weights, region gates included, and returns it."""
   tokenizer = tokenizers.train_tokenizer(TEXTS, folder.parent / "tokenizer", 400, 1)
   qformer = {**MODEL["qformer"], "vocabulary": tokenizer.get_vocab_size()}
-  config = student_config({**MODEL, "qformer": qformer, "region_mode": region_mode})
+  vit = {**MODEL["vit"], "image_size": image_size}
+  config = student_config({**MODEL, "vit": vit, "qformer": qformer, "region_mode": region_mode})
   rng = np.random.default_rng(0)
 
   def random(path, leaf):

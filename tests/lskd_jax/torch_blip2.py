@@ -55,24 +55,38 @@ def inputs(model, tokenizer, seed=0):
   return pixels, tokens
 
 
-def theirs(model, pixels, tokens, **embedding):
-  """(ViT features, match logits [B, S, 2], cosines [B, S]) by PyTorch; features alone if the
-  position embeddings are to be resized."""
+def normalised(pixels):
+  """uint8[B, H, W, 3] -> float32[B, 3, H, W] as the models of transformers take it."""
   scaled = (pixels / 255 - np.array(PIXEL_MEAN)) / np.array(PIXEL_STD)
-  scaled = torch.tensor(scaled, dtype=torch.float32).permute(0, 3, 1, 2)
-  ids = torch.tensor(tokens, dtype=torch.long)
-  with torch.no_grad():
-    embedded = model.vision_model.embeddings(scaled, **embedding)
-    features = model.vision_model.encoder(embedded).last_hidden_state
-    if embedding:
-      return (features.numpy(),)
+  return torch.tensor(scaled, dtype=torch.float32).permute(0, 3, 1, 2)
 
+
+def their_features(model, pixels, **embedding):
+  """What the ViT of PyTorch says of pictures, before `post_layernorm`."""
+  with torch.no_grad():
+    embedded = model.vision_model.embeddings(normalised(pixels), **embedding)
+    return model.vision_model.encoder(embedded).last_hidden_state.numpy()
+
+
+def our_features(directory, pixels):
+  """What the ViT of a model directory says of them."""
+  with jax.set_mesh(parallel.make_mesh((1, 1), jax.devices()[:1])):
+    model = build.load(directory)
+    vit = nnx.merge(model.graph, model.state).vit
+    batch = parallel.put_batch({"pixels": pixels}, jax.sharding.get_mesh())
+    return np.asarray(jax.jit(lambda vit, pixels: vit(pixels))(vit, batch["pixels"]))
+
+
+def theirs(model, pixels, tokens):
+  """(ViT features, match logits [B, S, 2], cosines [B, S]) by PyTorch."""
+  scaled, ids = normalised(pixels), torch.tensor(tokens, dtype=torch.long)
+  with torch.no_grad():
     def call(k, match):
       return model(pixel_values=scaled, input_ids=ids[:, k], attention_mask=(ids[:, k] > 0).long(),
                    use_image_text_matching_head=match).logits_per_image
     match = torch.stack([call(k, True) for k in range(2)], 1)
     cosines = torch.stack([call(k, False).diagonal() for k in range(2)], 1)
-  return features.numpy(), match.numpy(), cosines.numpy()
+  return their_features(model, pixels), match.numpy(), cosines.numpy()
 
 
 def ours(directory, pixels, tokens):
