@@ -202,6 +202,11 @@ def sized(config, tokenizer) -> StudentConfig:
     sizes["vision_eps"] = source["vision_eps"]  # of imported weights, LAVIS's or transformers'
     if not config.data.tokenizer:  # its embeddings may have more rows than its tokenizer has words
       sizes["qformer"]["vocabulary"] = source["qformer"]["vocabulary"]
+    ours, theirs = student_config(sizes).vit, student_config(source).vit
+    # As many position embeddings in other rows would fit, and mean something else.
+    if ours.tokens == theirs.tokens and ours.grid != theirs.grid and not config.init.parts:
+      raise DataError(f"model.vit.image_size={ours.image_size}: {config.init.model} was made for "
+                      f"{theirs.image_size}; set it to that, or import the weights for the other size")
   return student_config(sizes)
 
 

@@ -106,7 +106,7 @@ class RegionEncoder(nnx.Module):
                rngs, decoder: int | None = None):
     if set(sites) - set("PQT"):
       raise ValueError(f"region sites {sites!r}: only the letters P, Q and T are known")
-    self.grid, self.sites = tuple(grid), sites
+    self.grid, self.sites = grid, sites
     encoding = 6 * (1 + 2 * FREQUENCIES)
     whole = REPLICATED  # these matrices are small
     self.geometry_in = layers.Dense((encoding,), (width,), jax.P(None, None), rngs)

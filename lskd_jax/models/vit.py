@@ -28,7 +28,7 @@ class VitConfig:
   hidden: int = 6144         # width of the blocks' MLP
   eps: float = 1e-6
   activation: str = "gelu"   # of the MLP: gelu | quick_gelu
-  input_norm: bool = False     # a norm before the first block
+  input_norm: bool = False   # a norm before the first block
   patch_bias: bool = True
   remat: str = "none"
   scan: bool = True
@@ -92,7 +92,7 @@ class Vit(nnx.Module):
                                  bias=config.patch_bias, dtype=dtype)
     self.class_token = layers.normal(rngs.params(), (config.width,), REPLICATED)
     self.positions = layers.normal(rngs.params(), (config.tokens, config.width), REPLICATED)
-    self.input_norm = (layers.layer_norm(config.width, config.eps, rngs) if config.input_norm else None)
+    self.input_norm = layers.layer_norm(config.width, config.eps, rngs) if config.input_norm else None
     self.stack = layers.Stack(lambda rngs: Block(config, rngs, dtype), config.depth, rngs,
                               remat=config.remat, scan=config.scan)
 

@@ -345,15 +345,30 @@ def test_what_cannot_be_trained_is_one_line(folder, tmp_path, groups, error):
 # --- sizes that follow from the start ------------------------------------------------------------
 
 
+STOCK = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "[", "]", *map(str, range(10)), "dog"]
+
+
+def stock_vocabulary(folder):
+  (folder / "tokenizer").mkdir()
+  (folder / "tokenizer" / "vocab.txt").write_text("\n".join(STOCK))
+  return folder / "tokenizer"
+
+
+def test_weights_for_other_rows_of_patches_are_refused(folder, tmp_path):
+  """Four rows of four patches and two of eight have as many position embeddings."""
+  (tmp_path / "config.json").write_text(json.dumps({"model": {
+      "vision_eps": 1e-5, "qformer": {"vocabulary": 40}, "vit": {"image_size": [24, 96], "patch": 12}}}))
+  tokenizer = load_tokenizer(stock_vocabulary(tmp_path))
+  with pytest.raises(DataError, match=r"image_size=48: .* was made for \(24, 96\); set it to that"):
+    sized(tiny_config(folder, init=dict(model=str(tmp_path))), tokenizer)
+
+
 def test_sizes_follow_the_tokenizer_and_the_weights_to_start_from(folder, tmp_path):
   """A stock BERT vocabulary has [DEC] as its last word; transformers' ln_vision has its own eps."""
-  words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "[", "]", *map(str, range(10)), "dog"]
-  (tmp_path / "tokenizer").mkdir()
-  (tmp_path / "tokenizer" / "vocab.txt").write_text("\n".join(words))
   start = {"model": {"vision_eps": 1e-6, "qformer": {"vocabulary": 40}}}
   (tmp_path / "config.json").write_text(json.dumps(start))
-  tokenizer = load_tokenizer(tmp_path / "tokenizer")
+  tokenizer = load_tokenizer(stock_vocabulary(tmp_path))
   sizes = sized(tiny_config(folder, init=dict(model=str(tmp_path))), tokenizer)
-  assert (sizes.decoder_start, sizes.vision_eps, sizes.qformer.vocabulary) == (len(words), 1e-6, 40)
+  assert (sizes.decoder_start, sizes.vision_eps, sizes.qformer.vocabulary) == (len(STOCK), 1e-6, 40)
   sizes = sized(tiny_config(folder), tokenizer)
-  assert (sizes.vision_eps, sizes.qformer.vocabulary) == (1e-5, len(words) + 1)
+  assert (sizes.vision_eps, sizes.qformer.vocabulary) == (1e-5, len(STOCK) + 1)
