@@ -1,8 +1,9 @@
 """Model directories to models and back: the one place that knows the kinds of model there are.
 
-  tagger   a ViT with a word classifier (pre-training of the ViT)
-  student  the discriminative student
-  critic   a student with the critic's three heads
+  tagger      a ViT with a word classifier (pre-training of the ViT)
+  student     the discriminative student
+  generative  the generative student: with a decoder
+  critic      a student with the critic's three heads
 """
 from collections.abc import Callable
 import dataclasses
@@ -16,32 +17,56 @@ import numpy as np
 from tokenizers import Tokenizer
 
 from data_pipeline import tokenizer as tokenizers
+from data_pipeline.records import DataError
 from lskd_jax import checkpoint
 from lskd_jax.models.critic import Critic
+from lskd_jax.models.generative import GenerativeConfig, GenerativeStudent, generative_config
 from lskd_jax.models.student import Student, StudentConfig, Table, Tagger, student_config
 
-KINDS = ("tagger", "student", "critic")
+KINDS = ("tagger", "student", "generative", "critic")
 
 
 class Model(NamedTuple):
   """A loaded model: `nnx.merge(graph, state)` is the module."""
   kind: str
-  config: StudentConfig
+  config: StudentConfig | GenerativeConfig
   graph: nnx.GraphDef
   state: nnx.State
   tokenizer: Tokenizer
 
 
-def maker(kind: str, config: StudentConfig, tokenizer: Tokenizer) -> Callable:
+def model_config(kind: str, config: dict) -> StudentConfig | GenerativeConfig:
+  """The config of a kind of model from nested plain dicts; ValueError naming an unknown key."""
+  return (generative_config if kind == "generative" else student_config)(config)
+
+
+def maker(kind: str, config: StudentConfig | GenerativeConfig, tokenizer: Tokenizer) -> Callable:
   """rngs -> module. Raises ValueError for an unknown kind, DataError for an unfit tokenizer."""
-  tables = tokenizers.mention_tables(tokenizer, config.max_regions)
+  tables = mention_tables(kind, config, tokenizer)
   if kind == "tagger":
     return lambda rngs: Tagger(config, *tables, rngs)
   if kind == "student":
     return lambda rngs: Student(config, *tables, rngs)
+  if kind == "generative":
+    return lambda rngs: GenerativeStudent(config, *tables, rngs)
   if kind == "critic":
     return lambda rngs: Critic(Student(config, *tables, rngs), rngs)
   raise ValueError(f"task {kind!r} is unknown: choose {', '.join(KINDS)}")
+
+
+def mention_tables(kind: str, config, tokenizer: Tokenizer) -> tuple[np.ndarray, np.ndarray]:
+  """The tokenizer's mention tables; a decoder's word embeddings often have rows to spare for them.
+
+  Raises DataError: an unfit tokenizer, or one with ids that the decoder has no row for.
+  """
+  opens_bracket, digit = tokenizers.mention_tables(tokenizer, config.max_regions)
+  if kind != "generative":
+    return opens_bracket, digit
+  spare = config.decoder.vocabulary - len(digit)
+  if spare < 0:
+    raise DataError(f"the tokenizer has {len(digit)} ids, the decoder embeddings for "
+                    f"{config.decoder.vocabulary}; they do not belong together")
+  return np.pad(opens_bracket, (0, spare)), np.pad(digit, (0, spare), constant_values=-1)
 
 
 def initialize(make: Callable, seed: int):
@@ -51,12 +76,12 @@ def initialize(make: Callable, seed: int):
   return graph, state
 
 
-def save(directory, kind: str, config: StudentConfig, state: nnx.State, tokenizer_dir) -> None:
+def save(directory, kind: str, config, state: nnx.State, tokenizer_dir) -> None:
   """Writes a model directory."""
   checkpoint.save_model(directory, describe(kind, config), state.filter(nnx.Param), tokenizer_dir)
 
 
-def describe(kind: str, config: StudentConfig) -> dict:
+def describe(kind: str, config: StudentConfig | GenerativeConfig) -> dict:
   """The config.json of a model directory."""
   return {"format": 1, "kind": kind, "model": dataclasses.asdict(config)}
 
@@ -72,12 +97,12 @@ def load(directory) -> Model:
     raise checkpoint.CheckpointError(
         f"{directory}/config.json: format {about.get('format')!r}, kind {about.get('kind')!r}; this "
         f"version reads format 1 of {', '.join(KINDS)}")
-  config = student_config(about["model"])
+  config = model_config(about["kind"], about["model"])
   tokenizer = tokenizers.load_tokenizer(Path(directory) / "tokenizer")
   make = maker(about["kind"], config, tokenizer)
   graph, state = nnx.split(nnx.eval_shape(lambda: make(nnx.Rngs(0))))
   _, params = checkpoint.load_model(directory, state.filter(nnx.Param))
-  tables = tokenizers.mention_tables(tokenizer, config.max_regions)
+  tables = mention_tables(about["kind"], config, tokenizer)
   constants = state.filter(Table)
   for path, leaf in nnx.to_flat_state(constants):
     leaf.set_value(jnp.asarray(tables[0] if path[-1] == "opens_bracket" else tables[1]))
