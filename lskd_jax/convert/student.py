@@ -17,6 +17,7 @@ from lskd_jax.convert import tables
 from lskd_jax.convert.positions import resize_positions
 from lskd_jax.convert.tensors import Tensor
 from lskd_jax.models import build
+from lskd_jax.models.generative import GenerativeConfig
 from lskd_jax.models.student import StudentConfig
 from lskd_jax.trees import CheckpointError
 
@@ -30,7 +31,7 @@ class Imported(NamedTuple):
   kind: str
 
 
-def write_model(kind: str, config: StudentConfig, table: list[tables.Entry],
+def write_model(kind: str, config: StudentConfig | GenerativeConfig, table: list[tables.Entry],
                 found: dict[str, Tensor], out: Path | str, *, tokenizer_dir: Path,
                 own: dict[str, Tensor] | None = None,
                 image_size: int | tuple[int, int] | None = None, seed: int = 0,
@@ -40,8 +41,8 @@ def write_model(kind: str, config: StudentConfig, table: list[tables.Entry],
   The leaves are files while they are filled, so memory holds a tensor at a time.
 
   Args:
-    kind: student or critic.
-    config: of the source; the student's, but for the image size and the start token of its tokenizer.
+    kind: student, generative or critic.
+    config: of the source; the model's, but for the image size and the start token of its tokenizer.
     table, found: what `tables.check` has compared.
     own: whole leaves under our own names.
     image_size: of the student's pictures, px: a side or (height, width); None = as the source.
@@ -49,7 +50,8 @@ def write_model(kind: str, config: StudentConfig, table: list[tables.Entry],
   """
   checkpoint.refuse_other_folder(out)  # before minutes of work
   tokenizer = tokenizers.load_tokenizer(tokenizer_dir)
-  config = dataclasses.replace(config, decoder_start=tokenizers.token_id(tokenizer, tokenizers.DEC))
+  if kind != "generative":
+    config = dataclasses.replace(config, decoder_start=tokenizers.token_id(tokenizer, tokenizers.DEC))
   positions = next(entry.ours for entry in table if entry.ours.endswith(POSITIONS))
   source = config.vit
   source_positions = (source.tokens, source.width)
@@ -99,5 +101,6 @@ def _initial(make: Callable, names: list[str], seed: int) -> dict[str, np.ndarra
 
 def tokenizer_files(folder: Path) -> list[Path]:
   """The files of a folder that make its tokenizer."""
-  names = ("tokenizer.json", "tokenizer_config.json", "vocab.txt", "special_tokens_map.json")
+  names = ("tokenizer.json", "tokenizer_config.json", "vocab.txt", "special_tokens_map.json",
+           "vocab.json", "merges.txt", "spiece.model", "added_tokens.json")
   return [Path(folder, name) for name in names if Path(folder, name).exists()]

@@ -38,6 +38,7 @@ class GenerativeConfig:
   region_mode: str = "tokens"  # tokens | overlay | both | none
   vision_eps: float = 1e-5     # of ln_vision (LAVIS 1e-5, transformers 1e-6)
   prompt: str = "question: {question} answer:"  # how a question is asked; what a run trains on
+  image_token: int | None = None  # the id that stands for a query in transformers' prompts
   dtype: str = "float32"       # of the computation; parameters are float32
 
   @property
