@@ -15,7 +15,16 @@ from lskd_jax.trees import CheckpointError
 from tests.lskd_jax.torch_blip2 import normalised, save
 from tests.lskd_jax.torch_decoders import left_padded
 from tests.lskd_jax.torch_generative import (
-    END, PAD, SHAPES, START, ours, pictures, reference, theirs_generated, theirs_logits)
+  END,
+  PAD,
+  SHAPES,
+  START,
+  ours,
+  pictures,
+  reference,
+  theirs_generated,
+  theirs_logits,
+)
 
 PROMPTS = [[START, 9, 30, 12, 44], [START, 6, 7, 50, 31, 40, 4, 19]]
 WRITTEN = np.array([[8, 15, 22, 41, 5], [33, 12, 12, 57, 9]])

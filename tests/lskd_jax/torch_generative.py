@@ -75,9 +75,10 @@ def theirs_logits(model, pixels, prompt, real, written):
 
 def theirs_generated(model, pixels, prompt, real, **settings):
   with torch.no_grad():
-    found = model.generate(normalised(pixels), **prompted(model, prompt, real), do_sample=False,
-                           pad_token_id=PAD, **settings).numpy()
-  return found if model.config.use_decoder_only_language_model else found[:, 1:]
+    ids = prompted(model, prompt, real)
+    found = model.generate(normalised(pixels), **ids, do_sample=False, pad_token_id=PAD, **settings).numpy()
+  # OPT repeats the prompt, T5 its start token.
+  return found[:, ids["input_ids"].shape[1] if model.config.use_decoder_only_language_model else 1:]
 
 
 def ours(directory, pixels, prompt, real, written=None, decoding: Decoding | None = None, boxes=()):
