@@ -55,9 +55,9 @@ def add_verbs(verbs) -> None:
   p = add_verb(verbs, "import", import_weights, "make a model directory from PyTorch's weights",
                "lskd import --from hf blip2-itm-vit-g --image-size 364 --out models/blip2")
   p.add_argument("--from", dest="format", required=True, choices=("hf", "lavis"),
-                 help="hf: a folder of transformers' Blip2ForImageTextRetrieval, with its tokenizer; "
-                 "lavis: a .pth file of LAVIS's stage-1 model, such as blip2_pretrained.pth, or of LSKD's "
-                 "critic")
+                 help="hf: a folder of transformers' BLIP-2 with its tokenizer: Blip2ForImageTextRetrieval, "
+                 "or Blip2ForConditionalGeneration with OPT or T5; lavis: a .pth file of LAVIS's stage 1, "
+                 "such as blip2_pretrained.pth, of its stage 2, or of LSKD's critic")
   p.add_argument("source", type=Path, metavar="SRC")
   p.add_argument("--out", required=True, type=Path, metavar="DIR", help="the model directory")
   p.add_argument("--image-size", type=image_size, metavar="PX",
@@ -70,6 +70,9 @@ def add_verbs(verbs) -> None:
                      help="a folder with the vocab.txt or tokenizer.json of bert-base-uncased")
   group.add_argument("--vit", type=Path, metavar="FILE",
                      help="the frozen ViT where SRC has none: eva_vit_g.pth or clip_vit_L.pth")
+  group.add_argument("--decoder", type=Path, metavar="DIR",
+                     help="of a stage-2 model: the folder of its language model, such as opt-2.7b or "
+                     "flan-t5-xl, with its tokenizer")
   group.add_argument("--config", type=Path, metavar="FILE",
                      help="a config file with the sizes and data.region_mode (default: BLIP-2 with ViT-g/14, "
                      "tokens); configs/blip2_vit_l.py for blip2_pretrained_vitL.pth; what `lskd export` "
@@ -133,24 +136,29 @@ def score(args) -> None:
 def import_weights(args) -> None:
   """PyTorch's weights to a model directory."""
   if args.format == "hf":
-    for name in ("tokenizer", "vit", "config"):
+    for name in ("tokenizer", "vit", "config", "decoder"):
       if getattr(args, name):
         args.parser.error(f"--{name} is for --from lavis; a transformers folder has its own")
     from lskd_jax.convert import hf
     found = hf.import_hf(args.source, args.out, image_size=args.image_size,
                          max_regions=args.max_regions)
   else:
-    if not args.tokenizer:
-      args.parser.error("--from lavis needs --tokenizer DIR, since SRC holds weights only")
+    if not args.tokenizer and not args.decoder:
+      args.parser.error("--from lavis needs --tokenizer DIR, or for stage 2 --decoder DIR, since SRC holds "
+                        "weights only")
+    if args.tokenizer and args.decoder:
+      args.parser.error("--tokenizer is for stage 1; the folder of --decoder has its own")
     from lskd_jax.config_files import load_config
-    from lskd_jax.convert import lavis
+    from lskd_jax.convert import lavis, lavis_decoder
     from lskd_jax.models.student import student_config
     config = load_config(args.config or "configs/common.py")
     sizes = {**config.model.to_dict(), "max_regions": args.max_regions,
              "region_mode": config.data.region_mode}
-    found = lavis.import_lavis(args.source, args.out, config=student_config(sizes),
-                               tokenizer_dir=args.tokenizer, vit=args.vit,
-                               image_size=args.image_size)
+    options = dict(config=student_config(sizes), vit=args.vit, image_size=args.image_size)
+    if args.decoder:
+      found = lavis_decoder.import_stage2(args.source, args.out, decoder_dir=args.decoder, **options)
+    else:
+      found = lavis.import_lavis(args.source, args.out, tokenizer_dir=args.tokenizer, **options)
   print(f"import: a {found.kind} in {found.model}")
   if found.fresh:
     parts = dict.fromkeys("cross-attention gates" if name.endswith("cross/gate") else

@@ -3,7 +3,7 @@
 A decoder's names are transformers', behind the prefix it has inside a BLIP-2.
 """
 from lskd_jax.convert import tables
-from lskd_jax.convert.tables import Entry, linear, norm
+from lskd_jax.convert.tables import Entry, Scheme, linear, norm
 from lskd_jax.models.decoders.opt import OFFSET, OptConfig
 from lskd_jax.models.decoders.t5 import T5Config
 from lskd_jax.models.generative import GenerativeConfig
@@ -16,20 +16,26 @@ T5_IGNORED = ("encoder.embed_tokens.weight", "decoder.embed_tokens.weight",
 OPT_IGNORED = ("lm_head.weight",)  # the head is the word table
 
 
-def generative_table(config: GenerativeConfig) -> list[Entry]:
-  """Every tensor of a `Blip2ForConditionalGeneration` of this size."""
-  width, scheme = config.qformer.width, tables.HF
-  table = decoder_table(config, "language_model.")
-  embed = table[0].shape[1]  # of the word embeddings
+def generative_table(config: GenerativeConfig, scheme: Scheme = tables.HF) -> list[Entry]:
+  """Every tensor of a BLIP-2 with a decoder: `Blip2ForConditionalGeneration`, or LAVIS's stage 2."""
+  width = config.qformer.width
+  decoder = decoder_table(config, decoder_prefix(config, scheme))
+  embed = decoder[0].shape[1]  # of the word embeddings
+  projection = "language_projection" if scheme is tables.HF else f"{config.language_model}_proj"
   return [
       *tables.vit_table(config, scheme),
       *norm(scheme.ln_vision, "ln_vision", config.vit.width),
       Entry("query_tokens", (1, config.qformer.queries, width), "qformer/query_tokens"),
       *norm(scheme.qformer_norm, "qformer/norm", width),
       *tables.qformer_blocks(config, scheme),
-      *linear("language_projection", "decoder_proj", width, embed),
-      *table,
+      *linear(projection, "decoder_proj", width, embed),
+      *decoder,
   ]
+
+
+def decoder_prefix(config: GenerativeConfig, scheme: Scheme) -> str:
+  """What stands before the decoder's own keys."""
+  return "language_model." if scheme is tables.HF else f"{config.language_model}_model."
 
 
 def decoder_table(config: GenerativeConfig, prefix: str) -> list[Entry]:

@@ -45,7 +45,7 @@ def read_config(source: Path, kind: str, max_regions: int) -> StudentConfig | Ge
       qformer = _qformer(about, True, path)
       config = StudentConfig(qformer=qformer, embed=about["image_text_hidden_size"], **common)
     else:
-      language_model, decoder = _decoder(about["text_config"], source)
+      language_model, decoder = read_decoder(source, about["text_config"])
       config = GenerativeConfig(
           qformer=_qformer(about, about["qformer_config"].get("use_qformer_text_input", False), path),
           language_model=language_model, decoder=decoder, prompt=PROMPT,
@@ -87,8 +87,11 @@ def _qformer(about: dict, text: bool, path: Path) -> QFormerConfig:
       dropout=size["hidden_dropout_prob"])
 
 
-def _decoder(about: dict, source: Path) -> tuple[str, OptConfig | T5Config]:
-  """The language model's name and sizes; what the file leaves out is as transformers has it."""
+def read_decoder(source: Path, about: dict) -> tuple[str, OptConfig | T5Config]:
+  """The name and sizes of a language model; what its JSON leaves out is as transformers has it.
+
+  about: its part of the config.json in the folder `source`.
+  """
   from transformers import AutoConfig
   path, name = source / "config.json", about.get("model_type", "opt")
   _known(name, ("opt", "t5"), "text_config.model_type", path)

@@ -8,9 +8,10 @@ import torch
 from transformers import AutoModelForImageTextToText, Blip2ForConditionalGeneration, Blip2Model
 
 from data_pipeline import tokenizer as tokenizers
-from lskd_jax import checkpoint
-from lskd_jax.convert import hf, tensors
+from lskd_jax import checkpoint, trees
+from lskd_jax.convert import hf, lavis, lavis_decoder, lavis_export, tensors
 from lskd_jax.models.generate import Decoding
+from lskd_jax.models.student import student_config
 from lskd_jax.trees import CheckpointError
 from tests.lskd_jax.torch_blip2 import normalised, save
 from tests.lskd_jax.torch_decoders import left_padded
@@ -166,3 +167,36 @@ def test_a_decoder_that_is_not_its_config_is_refused(change, message, imported, 
     hf.import_hf(folder, tmp_path / "ours", progress=False)
   assert "\n" not in str(caught.value)
   assert not (tmp_path / "ours").exists()
+
+
+@pytest.mark.parametrize("name", ["opt", "t5"])
+def test_lavis_stage_2_in_and_out(name, imported, tmp_path):
+  """A .pth has neither ViT nor language model where they are frozen; with both given, and the side file,
+  the student comes back bit for bit, and without it but for what LAVIS has no place for."""
+  model, folder, directory = imported(name)
+  language_model = tmp_path / "decoder"
+  model.language_model.save_pretrained(language_model)
+  about = json.loads((language_model / "config.json").read_text())
+  about |= {"eos_token_id": END, **({"dense_act_fn": "gelu"} if name == "t5" else {})}
+  (language_model / "config.json").write_text(json.dumps(about))
+  for file in ("tokenizer.json", "tokenizer_config.json"):
+    (language_model / file).write_bytes((folder / file).read_bytes())
+  found = lavis_export.export_lavis(opened(directory, tmp_path / "opened"), tmp_path / "student.pth")
+  assert any("language model is left out" in note for note in found.notes)
+  keys = set(torch.load(tmp_path / "student.pth", weights_only=True)["model"])
+  assert f"{name}_proj.weight" in keys and not any(key.startswith(f"{name}_model") for key in keys)
+  again = lavis_decoder.import_stage2(tmp_path / "student.pth", tmp_path / "again",
+                                      config=student_config({}), decoder_dir=language_model)
+  want = trees.named_leaves(checkpoint.load_model(tmp_path / "opened")[1])
+  have = trees.named_leaves(checkpoint.load_model(again.model)[1])
+  assert set(want) == set(have)
+  for key in want:
+    if key != "vit/stack/blocks/qkv/bias":  # LAVIS has no key bias
+      assert np.asarray(want[key]).tobytes() == np.asarray(have[key]).tobytes(), key
+
+
+def test_stage_2_needs_its_language_model(imported, tmp_path):
+  lavis_export.export_lavis(imported("opt")[2], tmp_path / "student.pth")
+  with pytest.raises(CheckpointError, match="stage-2 model: give the folder of its language model"):
+    lavis.import_lavis(tmp_path / "student.pth", tmp_path / "out", config=student_config({}),
+                       tokenizer_dir=imported("opt")[1])
