@@ -79,6 +79,17 @@ def test_the_same_texts_as_pytorch(name, beams, imported):
   assert (have[:, want.shape[1]:] == PAD).all()
 
 
+def test_a_model_directory_is_loaded_onto_a_mesh(imported):
+  """Rows and parameters over two devices, heads and hidden widths over two: the same texts."""
+  model, _, directory = imported("opt")
+  pixels, (prompt, real) = pictures(model), left_padded(PROMPTS, PAD)
+  decoding = Decoding(8, beams=3, ends=(END,), pad=PAD)
+  alone, split = (ours(directory, pixels, prompt, real, decoding=decoding, mesh=mesh)
+                  for mesh in ((1, 1), (2, 2)))
+  assert alone.tokens.tolist() == split.tokens.tolist()
+  np.testing.assert_allclose(alone.scores, split.scores, rtol=1e-5)
+
+
 @pytest.mark.parametrize("name", SHAPES)
 def test_export_gives_back_every_tensor_and_transformers_loads_it(name, imported, tmp_path):
   model, folder, directory = imported(name)

@@ -81,11 +81,12 @@ def theirs_generated(model, pixels, prompt, real, **settings):
   return found[:, ids["input_ids"].shape[1] if model.config.use_decoder_only_language_model else 1:]
 
 
-def ours(directory, pixels, prompt, real, written=None, decoding: Decoding | None = None, boxes=()):
+def ours(directory, pixels, prompt, real, written=None, decoding: Decoding | None = None, boxes=(),
+         mesh=(1, 1)):
   """Likelihoods of `written` after the prompts, [B, T], or what is generated; every picture has the
   same boxes."""
   batch = len(pixels)
-  with jax.set_mesh(parallel.make_mesh()):
+  with jax.set_mesh(parallel.make_mesh(mesh)):
     model = build.load(directory)
     regions = model.config.max_regions
     rows = dict(pixels=pixels, prompt=prompt.astype(np.int32), real=real,
