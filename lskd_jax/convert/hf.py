@@ -18,7 +18,7 @@ from data_pipeline.manifest import sha256
 from lskd_jax import checkpoint, trees
 from lskd_jax.convert import decoders, hf_configs, tables, tensors
 from lskd_jax.convert.hf_configs import CODE, SIDE_FILE
-from lskd_jax.convert.student import Imported, tokenizer_files, write_model
+from lskd_jax.convert.model_directory import Imported, tokenizer_files, write_model
 from lskd_jax.models import build
 from lskd_jax.models.vit import VitConfig
 from lskd_jax.trees import CheckpointError

@@ -15,7 +15,7 @@ import re
 import numpy as np
 
 from lskd_jax.convert import tables, tensors
-from lskd_jax.convert.student import Imported, write_model
+from lskd_jax.convert.model_directory import Imported, write_model
 from lskd_jax.models.student import StudentConfig, student_config
 from lskd_jax.models.vit import VitConfig
 from lskd_jax.trees import CheckpointError, one_line

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from data_pipeline import tokenizer as tokenizers
 from lskd_jax.convert import decoders, hf_configs, lavis, tables, tensors
-from lskd_jax.convert.student import Imported, write_model
+from lskd_jax.convert.model_directory import Imported, write_model
 from lskd_jax.models.generative import GenerativeConfig, generative_config
 from lskd_jax.models.student import StudentConfig
 from lskd_jax.trees import CheckpointError, one_line

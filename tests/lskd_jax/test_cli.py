@@ -15,7 +15,7 @@ from data_pipeline import choices, stages
 from data_pipeline.corpus import open_corpus
 from data_pipeline.sources import scenes
 from lskd_jax import cli
-from lskd_jax.convert.student import Imported
+from lskd_jax.convert.model_directory import Imported
 from lskd_jax.train import Run
 from lskd_jax.trees import read_manifest
 from tests.lskd_jax.tiny_models import OVERRIDES, make_model

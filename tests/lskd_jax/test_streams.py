@@ -11,7 +11,7 @@ import tensorstore
 
 from data_pipeline import tokenizer as tokenizers
 from lskd_jax import checkpoint, streams, trees
-from lskd_jax.convert import student, tables, tensors
+from lskd_jax.convert import model_directory, tables, tensors
 from lskd_jax.models.qformer import QFormerConfig
 from lskd_jax.models.student import StudentConfig
 from lskd_jax.models.vit import VitConfig
@@ -177,8 +177,8 @@ def run(tokenizer, tmp_path):
 
   def run(**options):
     source = Source(config, **options)
-    student.write_model("student", config, source.table, source.found, tmp_path / "model",
-                          tokenizer_dir=tokenizer[1], progress=False)
+    model_directory.write_model("student", config, source.table, source.found, tmp_path / "model",
+                                tokenizer_dir=tokenizer[1], progress=False)
     return source
   return run
 
