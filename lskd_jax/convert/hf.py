@@ -4,6 +4,7 @@ What transformers has no place for (region tokens, the language head, ITC's temp
 a side file, `lskd.safetensors`, under our names; with it, a student comes back bit for bit, and
 `modeling_lskd.py`, which travels along, runs it in PyTorch.
 """
+import dataclasses
 import functools
 import json
 from pathlib import Path
@@ -120,14 +121,7 @@ def export_hf(model_dir: Path | str, out: Path | str, *, dtype: str = "float32",
     reader.check()
     for file in [*tokenizer_files(model_dir / "tokenizer"), Path(__file__).with_name(CODE)]:
       shutil.copy(file, partial)
-    settings = {"config.json": hf_configs.write_config(kind, config, dtype),
-                "preprocessor_config.json": hf_configs.image_processor(config)}
-    if kind == "generative":
-      settings["generation_config.json"] = hf_configs.generation_config(config.decoder)
-      settings["processor_config.json"] = hf_configs.processor_config(config)
-    for name, values in settings.items():
-      (partial / name).write_text(json.dumps(values, indent=2) + "\n")
-    (partial / "README.md").write_text(hf_configs.model_card(kind, config))
+    _write_settings(partial, kind, config, tokenizer.get_vocab_size(), dtype)
     for file in partial.iterdir():
       if file.name not in digests:  # the small ones; weights were summed up as they were written
         digests[file.name] = sha256(file)
@@ -139,6 +133,20 @@ def export_hf(model_dir: Path | str, out: Path | str, *, dtype: str = "float32",
   finally:
     shutil.rmtree(partial, ignore_errors=True)
   return out
+
+
+def _write_settings(folder: Path, kind: str, config, words: int, dtype: str) -> None:
+  """The JSON files and the model card. words: how many the tokenizer has."""
+  settings = {"preprocessor_config.json": hf_configs.image_processor(config)}
+  if kind == "generative":
+    if config.image_token is None and words < config.decoder.vocabulary:
+      config = dataclasses.replace(config, image_token=words)  # where Blip2Processor will put it
+    settings["generation_config.json"] = hf_configs.generation_config(config.decoder)
+    settings["processor_config.json"] = hf_configs.processor_config(config)
+  settings["config.json"] = hf_configs.write_config(kind, config, dtype)
+  for name, values in settings.items():
+    (folder / name).write_text(json.dumps(values, indent=2) + "\n")
+  (folder / "README.md").write_text(hf_configs.model_card(kind, config))
 
 
 def _check_vit(vit: VitConfig, model_dir: Path) -> None:
