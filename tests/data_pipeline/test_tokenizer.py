@@ -4,7 +4,8 @@ import re
 
 import numpy as np
 import pytest
-from tokenizers import Regex, Tokenizer, models, pre_tokenizers
+from tokenizers import Regex, Tokenizer, models, pre_tokenizers, trainers
+from transformers import GPT2Tokenizer
 
 from data_pipeline.records import DataError
 from data_pipeline.tokenizer import (
@@ -82,7 +83,7 @@ def test_a_special_token_spelt_in_a_text_is_only_text(folder):
 
 
 def test_what_cannot_be_read_is_one_clear_error(tmp_path):
-  with pytest.raises(DataError, match="no tokenizer.json and no vocab.txt"):
+  with pytest.raises(DataError, match="no tokenizer.json, no vocab.txt"):
     load_tokenizer(tmp_path)
   (tmp_path / "tokenizer.json").write_text("{half")
   with pytest.raises(DataError, match="copy it again"):
@@ -152,3 +153,19 @@ def test_a_piece_with_two_mentions_is_refused():
 def test_a_number_of_two_tokens_is_refused():
   with pytest.raises(DataError, match="splits the number 10"):
     mention_tables(_with_pieces(), max_regions=11)
+
+
+def test_a_stock_opt_folder_reads_as_transformers_reads_it(tmp_path):
+  """vocab.json and merges.txt, as GPT-2 and OPT are published."""
+  trained = Tokenizer(models.BPE())
+  trained.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+  trained.train_from_iterator(TEXTS, trainers.BpeTrainer(
+    vocab_size=400, special_tokens=["<s>", "<pad>", "</s>", "<unk>"], show_progress=False,
+    initial_alphabet=pre_tokenizers.ByteLevel.alphabet()))
+  trained.model.save(str(tmp_path))
+  ours, theirs = load_tokenizer(tmp_path), GPT2Tokenizer.from_pretrained(str(tmp_path))
+  for text in (*TEXTS, "what is [0]?", " [1][2], a\n[3].", "naïve \u2603"):
+    ids = encode(ours, text)
+    assert ids == theirs(text).input_ids
+    assert ours.decode(ids) == text
+  assert ours.decode([ours.token_to_id("</s>")]) == ""
