@@ -11,13 +11,14 @@ one thing and half another. Prints one JSON line.
 import json
 from types import SimpleNamespace
 
+from flax import nnx
 import jax
 import numpy as np
 import peers
 import torch
 from torch.nn import functional
 
-from lskd_jax import losses, optim, parallel, step
+from lskd_jax import losses, optim, step
 from lskd_jax.models.student import PAD
 
 LOSS = {"itc": 1.0, "itm": 1.0, "lm": 1.0, "region_swap": 0.0, "question": 1.0, "smoothing": 0.1}
@@ -42,7 +43,7 @@ def compare(args, statements: int) -> dict:
   """Both sides of one shape: agreement, times, compile time, FLOPs."""
   config = peers.student_config(args)
   model = peers.make_peer(config)
-  graph, params, frozen = step.split(nnx_merge(*peers.make_student(config, model)), ("vit", "regions"))
+  graph, params, frozen = step.split(nnx.merge(*peers.make_student(config, model)), ("vit", "regions"))
   optimizer = optim.optimizer(ADAM)
   objective = lambda student, batch, key: losses.student_loss(student, batch, LOSS, key)
   train_step = step.make_train_step(graph, optimizer, objective,
@@ -50,7 +51,7 @@ def compare(args, statements: int) -> dict:
   state = jax.jit(lambda params: step.init_state(params, optimizer))(params)
   key = jax.random.key(0)
   rows = make_batch(args, statements, distinct=False)
-  batch = parallel.put_batch(rows, jax.sharding.get_mesh())
+  batch = peers.on_mesh(rows)
   run, seconds, flops = peers.compiled(train_step, state, frozen, batch, key)
   theirs = TorchStep(model, args.dtype)
   state, ours = run(state, frozen, batch, key)
@@ -59,8 +60,8 @@ def compare(args, statements: int) -> dict:
             for name in ("itc", "itm", "lm", "grad_norm")}
 
   rows = make_batch(args, statements)
-  batch, torch_rows = parallel.put_batch(rows, jax.sharding.get_mesh()), theirs.rows(rows)
-  torch_flops = peers.counted(lambda: theirs(torch_rows))
+  batch, torch_rows = peers.on_mesh(rows), theirs.rows(rows)
+  _, torch_flops = peers.counted(lambda: theirs(torch_rows))
 
   def next_step():
     nonlocal state
@@ -70,11 +71,6 @@ def compare(args, statements: int) -> dict:
   return {**times, "ours_ms_per_statement": round(times["ours_ms"] / args.batch / statements, 1),
           "compile_s": seconds, "ours_gflop": round(flops / 1e9), "torch_gflop": round(torch_flops / 1e9),
           "mfu": peers.utilisation(flops, times["ours_ms"]), "differences": errors}
-
-
-def nnx_merge(graph, state):
-  from flax import nnx
-  return nnx.merge(graph, state)
 
 
 def make_batch(args, statements: int, distinct: bool = True) -> dict:

@@ -290,7 +290,10 @@ def jitted_itm(batch, scores, keys, region_mode, region_swap):
   sight = stub.see(batch["features"], batch["boxes"], batch["region_valid"])
   found = losses.itm_rows(stub, batch["features"], batch, sight, scores,
                           {"region_swap": region_swap}, keys)
-  return found, dict(zip(found, stub.pairs))
+  other_image, (sight, tokens, logits), *swapped = stub.pairs  # own and other texts share a pass
+  own, other_text = ((sight, tokens[:, part], logits[:, part])
+                     for part in (slice(0, TEXTS), slice(TEXTS, 2 * TEXTS)))
+  return found, dict(zip(ORDER, (own, other_image, other_text, *swapped)))
 
 
 def run_itm(rows, scores, seed=0, region_mode="tokens", region_swap=1.0):
