@@ -39,9 +39,19 @@ def word_likelihoods(logits: jax.Array, tokens: jax.Array) -> jax.Array:
 
   Entry t belongs to token t, predicted at position t - 1; entry 0 is 0.
   """
-  scores = jax.nn.log_softmax(logits[:, :, :-1].astype(jnp.float32))
-  chosen = jnp.take_along_axis(scores, tokens[:, :, 1:, None], -1)[..., 0]
-  return jnp.pad(chosen, ((0, 0), (0, 0), (1, 0)))
+  chosen, total = _next_word(logits.astype(jnp.float32), tokens)
+  return jnp.pad((chosen - total)[:, :, :-1], ((0, 0), (0, 0), (1, 0)))
+
+
+def _next_word(logits, tokens):
+  """The logit of the token after each position and the log-sum-exp there, float32[B, S, T] each.
+
+  The last position has none after it, and what stands there means nothing: cutting it off the
+  logits would copy them all. A sum picks the logit, because the gradient of a gather is a scatter.
+  """
+  following = jnp.roll(tokens, -1, -1)[..., None]
+  is_next = jnp.arange(logits.shape[-1]) == following
+  return jnp.where(is_next, logits, 0).sum(-1), jax.nn.logsumexp(logits, -1)
 
 
 def lm_loss(logits: jax.Array, tokens: jax.Array, weights: jax.Array,
@@ -50,15 +60,14 @@ def lm_loss(logits: jax.Array, tokens: jax.Array, weights: jax.Array,
 
   Returns the loss, and bool[B, S, T - 1]: whether each token but the first is the likeliest one.
   """
-  logits = logits[:, :, :-1].astype(jnp.float32)
-  chosen = jnp.take_along_axis(logits, tokens[:, :, 1:, None], -1)[..., 0]
-  total = jax.nn.logsumexp(logits, -1)
+  logits = logits.astype(jnp.float32)
+  chosen, total = _next_word(logits, tokens)
   loss = total - chosen
   if smoothing:
     loss = (1 - smoothing) * loss + smoothing * (total - logits.mean(-1))
   weights = weights[:, :, 1:]
   right = chosen >= jax.lax.stop_gradient(logits).max(-1)
-  return Weighted((loss * weights).sum(), weights.sum()), right
+  return Weighted((loss[:, :, :-1] * weights).sum(), weights.sum()), right[:, :, :-1]
 
 
 def similarity(image: jax.Array, text: jax.Array) -> jax.Array:
@@ -193,15 +202,18 @@ def itm_rows(student: Student, features, batch: dict, sight: Sight, negatives: N
   Region vectors always come from the image a text is paired with. Returns {name: (loss, accuracy)}.
   """
   tokens = batch["tokens"]
+  texts = tokens.shape[1]
   real = batch["statement_valid"].astype(jnp.float32)
-  rows = {"match": itm_loss(student.match(sight, tokens, keys[0]), 1, real)}
   take = lambda rows, at: reshard(rows, REPLICATED).at[at].get(out_sharding=ACT_B)
+  # One pass for all texts that an image is shown: its own and those of others.
+  others = take(reshard(tokens, REPLICATED).reshape(-1, tokens.shape[-1]), negatives.text)
+  logits = student.match(sight, jnp.concatenate([tokens, others], 1), keys[0])
+  rows = {"match": itm_loss(logits[:, :texts], 1, real),
+          "other_text": itm_loss(logits[:, texts:], 0, real * negatives.has_text)}
   other_sight = student.see(*(take(rows, negatives.image) for rows in
                               (features, batch["boxes"], batch["region_valid"])))
   rows["other_image"] = itm_loss(student.match(other_sight, tokens, keys[2]), 0,
                                  real * negatives.has_image[:, None])
-  others = take(reshard(tokens, REPLICATED).reshape(-1, tokens.shape[-1]), negatives.text)
-  rows["other_text"] = itm_loss(student.match(sight, others, keys[4]), 0, real * negatives.has_text)
   if weights["region_swap"] and student.config.uses_region_tokens:
     boxes, possible = swapped_regions(batch["boxes"], batch["region_valid"], keys[5])
     swapped = student.see(features, boxes, batch["region_valid"])
@@ -251,7 +263,7 @@ def student_loss(student: Student, batch: dict, weights: dict, key,
                              weights["smoothing"])
   if weights["itm"]:
     itm_keys = list(jax.random.split(jax.random.fold_in(key, 3), 7))
-    for i in (0, 2, 4, 6):  # dropout keys; the others draw negatives
+    for i in (0, 2, 6):  # dropout keys; 1, 3 and 5 draw negatives
       itm_keys[i] = None if train is None else itm_keys[i]
     if negatives is None:
       hardness = jax.lax.stop_gradient(scores / student.temperature())

@@ -73,7 +73,7 @@ class LanguageHead(nnx.Module):
 
   def __call__(self, x: jax.Array, words: jax.Array) -> jax.Array:
     """[B, S, T, D], [V, D] -> float32[B, S, T, V]."""
-    x = self.norm(jax.nn.gelu(self.dense(x), approximate=False))
+    x = self.norm(layers.gelu(self.dense(x)))
     logits = jnp.einsum("bstd,vd->bstv", x.astype(self.dense.dtype),
                         words.astype(self.dense.dtype), out_sharding=ACT_B,
                         preferred_element_type=jnp.float32)

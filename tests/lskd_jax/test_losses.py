@@ -292,7 +292,10 @@ def jitted_itm(batch, scores, keys, region_mode, region_swap):
   negatives = losses.draw_negatives(stub, batch, scores, keys[1], keys[3])
   found = losses.itm_rows(stub, batch["features"], batch, sight, negatives,
                           {"region_swap": region_swap}, keys)
-  return found, dict(zip(found, stub.pairs))
+  (sight, tokens, logits), other_image, *swapped = stub.pairs  # own and other texts share a pass
+  own, other_text = ((sight, tokens[:, part], logits[:, part])
+                     for part in (slice(0, TEXTS), slice(TEXTS, 2 * TEXTS)))
+  return found, dict(zip(ORDER, (own, other_image, other_text, *swapped)))
 
 
 def run_itm(rows, scores, seed=0, region_mode="tokens", region_swap=1.0):
