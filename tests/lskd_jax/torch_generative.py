@@ -53,8 +53,11 @@ def pictures(model, count=2):
 
 
 def prompted(model, prompt, real):
-  """Their arguments: the queries' places before the prompts."""
+  """Their arguments: the queries' places before the prompts, whose padding T5 has at the end."""
   image = np.full((len(prompt), model.config.num_query_tokens), IMAGE)
+  if not model.config.use_decoder_only_language_model:
+    order = np.argsort(~real, 1, kind="stable")
+    prompt, real = (np.take_along_axis(x, order, 1) for x in (prompt, real))
   return dict(input_ids=torch.tensor(np.concatenate([image, prompt], 1)).long(),
               attention_mask=torch.tensor(np.concatenate([image > 0, real], 1)).long())
 

@@ -200,7 +200,7 @@ class T5(nnx.Module):
 
     Args:
       prompt: [B, P, D], embeddings of tokens or of anything else.
-      real: bool[B, P], False = padding, which may stand anywhere: only differences of positions count.
+      real: bool[B, P], False = padding, at either end: only differences of positions count.
     """
     rows = self.encode(prompt, real)[:, None]
     keys, values = self.decoder.stack.map(lambda block: block.cross.remember(rows))
