@@ -1,9 +1,9 @@
-"""`lskd demo`, `train`, `eval`, `score`, `import` and `export`."""
+"""`lskd demo`, `train`, `eval`, `score`, `ask`, `import` and `export`."""
 import json
 from pathlib import Path
 
 from lskd_jax.commands import folders
-from lskd_jax.commands.arguments import add_verb, box, count, image_size, seed
+from lskd_jax.commands.arguments import add_verb, box, count, image_size, number, seed
 
 
 def add_demo(verbs) -> None:
@@ -46,11 +46,37 @@ def add_verbs(verbs) -> None:
   p = add_verb(verbs, "score", score, "score texts about regions of a picture",
                "lskd score --model runs/student/model --image beach.jpg --region 40,10,90,120 "
                "--text 'question: what is [0] doing? answer: surfing'")
-  p.add_argument("--model", required=True, type=Path, metavar="DIR")
-  p.add_argument("--image", required=True, type=Path, metavar="FILE")
-  p.add_argument("--region", type=box, nargs="+", action="extend", default=[],
-                 metavar="x1,y1,x2,y2", help="in pixels of the picture; the k-th is [k], from 0")
-  p.add_argument("--text", required=True, nargs="+", action="extend", metavar="TEXT")
+  _add_picture(p)
+  p.add_argument("--text", required=True, nargs="+", action="extend", metavar="TEXT",
+                 help="one line of JSON for each: itm, itc and lm; a generative student has lm only")
+
+  p = add_verb(verbs, "ask", ask, "ask about regions of a picture, or have it described",
+               "lskd ask --model runs/student/model --image beach.jpg --region 40,10,90,120 "
+               "--question 'what is [0] doing?'")
+  _add_picture(p)
+  group = p.add_mutually_exclusive_group(required=True)
+  group.add_argument("--question", nargs="+", action="extend", metavar="TEXT",
+                     help="one line of JSON for each: question and answer")
+  group.add_argument("--caption", nargs="?", const="", metavar="PROMPT",
+                     help="describe the picture instead; PROMPT: what the caption follows, such as "
+                     "'a photo of' or '[0]'")
+  p.add_argument("--prompt", metavar="TEXT", help="how a question is asked, with {question} for it "
+                 "(default: the model's, 'question: {question} answer:')")
+  p.add_argument("--stop", nargs="+", action="extend", default=[], metavar="TEXT",
+                 help="the answer ends before the first of these, such as 'rationale:'")
+  group = p.add_argument_group("decoding")
+  group.add_argument("--beams", type=count, metavar="N", help="default: 5; 1 is greedy")
+  group.add_argument("--max-tokens", type=count, metavar="N", help="default: 30")
+  group.add_argument("--min-tokens", type=seed, metavar="N", help="default: 1")
+  group.add_argument("--length-penalty", type=number, metavar="X",
+                     help="below 0 for short texts, above for long ones (default: -1, of captions 1)")
+  group.add_argument("--repetition-penalty", type=number, metavar="X", help="default: 1, none")
+  group.add_argument("--sample", action="store_true", default=None, help="draw the words; no beams")
+  group.add_argument("--temperature", type=number, metavar="X", help="of the draws (default: 1)")
+  group.add_argument("--top-k", type=seed, metavar="N", help="draw from the N likeliest words")
+  group.add_argument("--top-p", type=number, metavar="X",
+                     help="draw from the fewest words that have this probability together")
+  group.add_argument("--seed", type=seed, default=0, help="of the draws (default: 0)")
 
   p = add_verb(verbs, "import", import_weights, "make a model directory from PyTorch's weights",
                "lskd import --from hf blip2-itm-vit-g --image-size 364 --out models/blip2")
@@ -92,6 +118,14 @@ def add_verbs(verbs) -> None:
                  help="lavis: leave out the ViT, as LAVIS does where it is frozen")
 
 
+def _add_picture(p) -> None:
+  """The arguments of what is said about a picture."""
+  p.add_argument("--model", required=True, type=Path, metavar="DIR")
+  p.add_argument("--image", required=True, type=Path, metavar="FILE")
+  p.add_argument("--region", type=box, nargs="+", action="extend", default=[],
+                 metavar="x1,y1,x2,y2", help="in pixels of the picture; the k-th is [k], from 0")
+
+
 def demo(args) -> None:
   """Everything on drawn scenes."""
   from lskd_jax import demo as whole
@@ -129,6 +163,26 @@ def score(args) -> None:
   """One JSON line per text."""
   from lskd_jax import predictor
   found = predictor.load(args.model).score(args.image, args.region, args.text)
+  for row in found:
+    print(json.dumps(row, ensure_ascii=False))
+
+
+def ask(args) -> None:
+  """One JSON line per question."""
+  from lskd_jax import predictor
+  if args.caption is not None and args.prompt:
+    args.parser.error("--prompt is for --question; give --caption its own prompt")
+  names = ("beams", "max_tokens", "min_tokens", "length_penalty", "repetition_penalty", "sample",
+           "temperature", "top_k", "top_p")
+  given = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
+  options = {"stop": args.stop, "seed": args.seed, **given}
+  model = predictor.load(args.model)
+  if args.question:
+    answers = model.ask(args.image, args.region, args.question, prompt=args.prompt, **options)
+    found = [{"question": question, "answer": answer}
+             for question, answer in zip(args.question, answers, strict=True)]
+  else:
+    found = [{"caption": model.caption(args.image, args.region, args.caption, **options)}]
   for row in found:
     print(json.dumps(row, ensure_ascii=False))
 

@@ -6,7 +6,9 @@ import numpy as np
 from data_pipeline import tokenizer as tokenizers
 from lskd_jax import parallel
 from lskd_jax.models import build
+from lskd_jax.models.generative import generative_config
 from lskd_jax.models.student import student_config
+from tests.data_pipeline.tiny_tokenizers import opt_tokenizer, t5_tokenizer
 
 TEXTS = [
   "question: who is [0]? answer: a chef rationale: [0] wears a tall white hat",
@@ -31,17 +33,37 @@ OVERRIDES = [
 ]
 
 
-def make_model(folder, kind="student", region_mode="tokens", image_size=48):
-  """Writes a model directory with random weights, region gates included, and returns it."""
-  tokenizer = tokenizers.train_tokenizer(TEXTS, folder.parent / "tokenizer", 400, 1)
-  qformer = {**MODEL["qformer"], "vocabulary": tokenizer.get_vocab_size()}
-  vit = {**MODEL["vit"], "image_size": image_size}
-  config = student_config({**MODEL, "vit": vit, "qformer": qformer, "region_mode": region_mode})
+# What a decoder adds: its tokenizer, and sizes whose embeddings have rows to spare.
+DECODERS = {
+  "opt": (opt_tokenizer, dict(vocabulary=416, width=16, embed=12, depth=2, heads=2, hidden=32,
+                              max_tokens=96)),
+  "t5": (t5_tokenizer, dict(vocabulary=128, width=16, head=6, heads=2, hidden=32, depth=2,
+                            decoder_depth=2)),
+}
+
+
+def make_model(folder, kind="student", region_mode="tokens", image_size=48, closed=()):
+  """Writes a model directory with random weights, region gates included, and returns it.
+
+  kind "generative" has OPT for its decoder; "opt" and "t5" say which.
+  closed: last names of parameters left at zero, such as tiny.GATES.
+  """
+  sizes = {**MODEL, "vit": {**MODEL["vit"], "image_size": image_size}, "region_mode": region_mode}
+  if kind in ("generative", *DECODERS):
+    config = _generative(sizes, "opt" if kind == "generative" else kind, folder.parent / "tokenizer")
+    kind = "generative"
+  else:
+    tokenizer = tokenizers.train_tokenizer(TEXTS, folder.parent / "tokenizer", 400, 1)
+    qformer = {**MODEL["qformer"], "vocabulary": tokenizer.get_vocab_size()}
+    config = student_config({**sizes, "qformer": qformer})
+  tokenizer = tokenizers.load_tokenizer(folder.parent / "tokenizer")
   rng = np.random.default_rng(0)
 
   def random(path, leaf):
+    name = jax.tree_util.keystr(path, simple=True, separator="/").removesuffix("/value")
     values = 0.2 * rng.standard_normal(leaf.shape)
-    return np.asarray(values + ("scale" in jax.tree_util.keystr(path)), leaf.dtype)
+    values = 0 * values if name.rsplit("/", 1)[-1] in closed else values
+    return np.asarray(values + ("scale" in name), leaf.dtype)
 
   with jax.set_mesh(parallel.make_mesh((1, 1), jax.devices()[:1])):
     make = build.maker(kind, config, tokenizer)
@@ -49,3 +71,14 @@ def make_model(folder, kind="student", region_mode="tokens", image_size=48):
   build.save(folder, kind, config, jax.tree_util.tree_map_with_path(random, shapes),
              folder.parent / "tokenizer")
   return folder
+
+
+def _generative(sizes, language_model, tokenizer_dir):
+  make_tokenizer, decoder = DECODERS[language_model]
+  tokenizer = tokenizers.load_tokenizer(make_tokenizer(tokenizer_dir))
+  if language_model == "opt":
+    decoder = {**decoder, "end": tokenizers.encode(tokenizer, "\n")[0]}
+  qformer = {name: value for name, value in sizes["qformer"].items() if name != "max_tokens"}
+  rest = {name: value for name, value in sizes.items() if name not in ("qformer", "embed")}
+  return generative_config({**rest, "qformer": qformer, "language_model": language_model,
+                            "decoder": {**decoder, "scan": False}})
