@@ -18,7 +18,7 @@ from tests.lskd_jax.tiny import put, student
 pytestmark = pytest.mark.usefixtures("one_device")
 
 KEY = jax.random.key(0)
-STEPS = 100
+STEPS = 120  # at 100 a word is still wrong now and then, depending on rounding
 
 
 def snapshot(tree):
