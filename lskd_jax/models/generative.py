@@ -7,12 +7,14 @@ Axes: B images, S texts of an image, P tokens of a prompt, T of a text, Q querie
 E width of the decoder's word embeddings, V its vocabulary.
 """
 import dataclasses
+import sys
 from typing import Any, NamedTuple
 
 from flax import nnx
 import jax
 import jax.numpy as jnp
 
+from data_pipeline.texts import NO_FIELD, QUESTION
 from lskd_jax.models import layers
 from lskd_jax.models.decoders.attention import Cache, Memory
 from lskd_jax.models.decoders.opt import Opt, OptConfig
@@ -43,6 +45,23 @@ class GenerativeConfig:
   @property
   def uses_region_tokens(self) -> bool:
     return self.region_mode in ("tokens", "both")
+
+  @property
+  def max_tokens(self) -> int:
+    """Tokens of the longest text that can be read or written; T5's positions have no end."""
+    return self.decoder.max_tokens - self.qformer.queries if self.language_model == "opt" else sys.maxsize
+
+
+class Taught(NamedTuple):
+  """Texts as the decoder writes them.
+
+  logits: float32[B, S, T, V] of the token after each place. tokens: int32[B, S, T]; fields:
+  int8[B, S, T]. moved: int32[B, S], by how many places each text stands further left than it came.
+  """
+  logits: jax.Array
+  tokens: jax.Array
+  fields: jax.Array
+  moved: jax.Array
 
 
 class Prompted(NamedTuple):
@@ -92,12 +111,55 @@ class GenerativeStudent(nnx.Module):
 
     before: int32[B, S, 1], the tokens before the texts; None = nothing that opens a mention.
     """
-    x = self.decoder.embed(tokens)
-    if sight.mention is None:
-      return x
     row = tokens if before is None else jnp.concatenate([before, tokens], -1)
-    slots = mention_slots(row, self.opens_bracket[...], self.digit[...], self.config.max_regions)
-    return x + at_mentions(slots[..., row.shape[-1] - tokens.shape[-1]:], sight.mention)
+    slots = self.slots(row)[..., row.shape[-1] - tokens.shape[-1]:]
+    return self._words(sight, tokens, slots)
+
+  def slots(self, tokens: jax.Array) -> jax.Array:
+    """As Student.slots."""
+    return mention_slots(tokens, self.opens_bracket[...], self.digit[...], self.config.max_regions)
+
+  def _words(self, sight: Sight, tokens: jax.Array, slots: jax.Array) -> jax.Array:
+    x = self.decoder.embed(tokens)
+    return x if sight.mention is None else x + at_mentions(slots, sight.mention)
+
+  def teach(self, sight: Sight, image: jax.Array, tokens: jax.Array, fields: jax.Array) -> Taught:
+    """Every text written behind its image, its own tokens given: for a loss or a score.
+
+    A decoder that starts as it is told writes whole texts behind the queries, which it reads once for
+    all texts of an image. One that starts itself (T5) reads the queries and the question, and writes
+    what follows "answer:"; a text without a question is written whole.
+
+    Args:
+      image: [B, Q, E], from `read_image`.
+      tokens: int32[B, S, T]; fields: int8[B, S, T]; both as the loader gives them.
+    """
+    present = jnp.ones(image.shape[:2], bool, out_sharding=ACT_B)
+    if not self.decoder.starts_itself:
+      states, _ = self.decoder.write(self.decoder.read(image, present), self.words(sight, tokens))
+      return Taught(self.decoder.logits(states), tokens, fields, jnp.zeros_like(tokens[..., 0]))
+    size, own = tokens.shape, self.decoder.config
+    place, slots = jnp.arange(size[-1]), self.slots(tokens)
+    first = jnp.argmax(fields > QUESTION, -1, keepdims=True)  # of the tokens that are written
+    # The question, which ends as all that T5 reads does.
+    asked = jnp.where(place == first, own.end, tokens)
+    asked = self._words(sight, asked, jnp.where(place == first, -1, slots))
+    wide = (*size[:2], *image.shape[1:])
+    rows = jnp.broadcast_to(image[:, None], wide, out_sharding=ACT_B).astype(asked.dtype)
+    rows = jnp.concatenate([rows, asked], 2)
+    real = jnp.broadcast_to(present[:, None], wide[:3], out_sharding=ACT_B)
+    real = jnp.concatenate([real, place <= first], 2)
+    each = size[0] * size[1]
+    memory = self.decoder.read(layers.reshape(rows, each, *rows.shape[2:]),
+                               layers.reshape(real, each, rows.shape[2]))
+    # The rest, behind the decoder's own start.
+    moved = first[..., 0] - 1
+    tokens, slots, fields = (jnp.where(place == 0, start, shifted(row, moved, fill)) for row, start, fill in
+                             ((tokens, own.start, own.pad), (slots, -1, -1), (fields, NO_FIELD, NO_FIELD)))
+    rows = self._words(sight, tokens, slots)
+    states, _ = self.decoder.write(memory, layers.reshape(rows, each, 1, *rows.shape[2:]))
+    logits = self.decoder.logits(layers.reshape(states, *size, states.shape[-1]))
+    return Taught(logits, tokens, fields, moved)
 
   def read(self, sight: Sight, image: jax.Array, prompt: jax.Array, real: jax.Array) -> Prompted:
     """One prompt for each image.
@@ -143,6 +205,13 @@ class GenerativeStudent(nnx.Module):
     cache = self.decoder.cache(*rows, 1 + decoding.max_tokens)
     logits, cache = write(cache, spread(first), spread(before), 0, None)
     return generate(write, Start(logits, cache, 1, first, seen), decoding, key)
+
+
+def shifted(rows: jax.Array, by: jax.Array, fill) -> jax.Array:
+  """rows[b, s, t + by[b, s]] at [b, s, t], `fill` where there is none: [B, S, T], int32[B, S]."""
+  at = jnp.arange(rows.shape[-1]) + by[..., None]
+  inside = (at >= 0) & (at < rows.shape[-1])
+  return jnp.where(inside, jnp.take_along_axis(rows, jnp.where(inside, at, 0), -1), fill)
 
 
 def generative_config(config: dict) -> GenerativeConfig:
