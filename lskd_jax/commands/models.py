@@ -144,11 +144,11 @@ def import_weights(args) -> None:
       args.parser.error("--from lavis needs --tokenizer DIR, since SRC holds weights only")
     from lskd_jax.config_files import load_config
     from lskd_jax.convert import lavis
-    from lskd_jax.models.student import student_config
+    from lskd_jax.models.build import run_config
     config = load_config(args.config or "configs/common.py")
     sizes = {**config.model.to_dict(), "max_regions": args.max_regions,
              "region_mode": config.data.region_mode}
-    found = lavis.import_lavis(args.source, args.out, config=student_config(sizes),
+    found = lavis.import_lavis(args.source, args.out, config=run_config("student", sizes),
                                tokenizer_dir=args.tokenizer, vit=args.vit,
                                image_size=args.image_size)
   print(f"import: a {found.kind} in {found.model}")

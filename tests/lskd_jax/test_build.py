@@ -9,17 +9,16 @@ import pytest
 from data_pipeline import tokenizer as tokenizers
 from lskd_jax import checkpoint
 from lskd_jax.models import build
-from lskd_jax.models.student import student_config
 from lskd_jax.trees import CheckpointError, named_leaves
 from tests.lskd_jax import tiny
-from tests.lskd_jax.tiny_models import MODEL, make_model
+from tests.lskd_jax.tiny_models import make_model, model_of
 
 pytestmark = pytest.mark.usefixtures("one_device")
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-  """A student, a critic and a tagger with the same sizes."""
+  """A model of every kind, with the same sizes."""
   folder = tmp_path_factory.mktemp("models")
   for kind in build.KINDS:
     make_model(folder / kind, kind)
@@ -33,8 +32,7 @@ def arrays(state):
 @pytest.mark.parametrize("kind", build.KINDS)
 def test_a_model_directory_comes_back_bit_for_bit(folder, kind, tmp_path):
   model = build.load(folder / kind)
-  assert model.kind == kind and model.config == student_config(
-    {**MODEL, "qformer": {**MODEL["qformer"], "vocabulary": model.tokenizer.get_vocab_size()}})
+  assert model.kind == kind and model.config == build.run_config(kind, model_of(model.tokenizer))
   build.save(tmp_path / "again", kind, model.config, model.state, folder / "tokenizer")
   again = build.load(tmp_path / "again")
   first, second = arrays(model.state), arrays(again.state)
@@ -55,7 +53,7 @@ def test_constants_are_not_stored_but_made_from_the_tokenizer(folder):
 
 def test_an_unknown_kind_is_refused(folder, tmp_path):
   model = build.load(folder / "tagger")
-  with pytest.raises(ValueError, match="task 'teacher' is unknown: choose tagger, student, critic"):
+  with pytest.raises(ValueError, match="task 'teacher' is unknown: choose tagger, student, generative"):
     build.maker("teacher", model.config, model.tokenizer)
 
 
@@ -63,7 +61,7 @@ def test_an_unknown_kind_is_refused(folder, tmp_path):
 def test_a_directory_of_another_version_is_refused(folder, tmp_path, change):
   about = checkpoint.load_config(folder / "student") | change
   (tmp_path / "config.json").write_text(json.dumps(about))
-  with pytest.raises(CheckpointError, match="this version reads format 1 of tagger, student, critic"):
+  with pytest.raises(CheckpointError, match="reads format 1 of tagger, student, generative, critic"):
     build.load(tmp_path)
 
 

@@ -11,8 +11,10 @@ import pytest
 from data_pipeline.texts import ANSWER, DESCRIPTION, QUESTION
 from lskd_jax import losses, parallel, step, trees
 from lskd_jax.convert import tables
+from lskd_jax.evaluate.candidates import Scorer
 from tests.lskd_jax import tiny, torch_teach
 from tests.lskd_jax.tiny import put
+from tests.lskd_jax.torch_decoders import left_padded
 
 pytestmark = pytest.mark.usefixtures("one_device")
 
@@ -101,23 +103,43 @@ def test_loss_and_gradients_are_those_of_transformers(kind, theirs, student, lea
   assert not any(name.split("/")[0] in FROZEN for name in gradients)
 
 
-def test_microbatches_add_up_to_the_batch(kind, theirs, learnt):
-  """Loss and gradients, on two devices, though the parts have unequal numbers of words."""
+@pytest.fixture(scope="module")
+def steps(kind, theirs):
+  """40 steps of gradient descent on the batch, on two devices, in two parts: the rate, the parameters
+  before and after the first step, and the metrics of all."""
   rows = texts()
   words = (rows["fields"] > QUESTION).sum((0, 2))
   assert words[:2].sum() != words[2:].sum()
-  sgd = optax.sgd(1.0)
+  rate, metrics = 0.05, []
+  sgd = optax.sgd(rate)
   with jax.set_mesh(parallel.make_mesh((2, 1))):
     graph, params, frozen = step.split(torch_teach.ours(theirs, torch_teach.config_of(kind)), FROZEN)
     before = {name: np.array(leaf) for name, leaf in trees.named_leaves(params).items()}
     train = step.make_train_step(graph, sgd, objective, {"lm": 1.0}, 2)
-    state, found = train(step.init_state(params, sgd), frozen, put(rows), KEY)
-    after = {name: np.array(leaf) for name, leaf in trees.named_leaves(state["params"]).items()}
+    state, batch = step.init_state(params, sgd), put(rows)
+    for _ in range(40):
+      state, found = train(state, frozen, batch, KEY)
+      metrics.append({name: float(value) for name, value in found.items()})
+      if len(metrics) == 1:
+        after = {name: np.array(leaf) for name, leaf in trees.named_leaves(state["params"]).items()}
+  return rate, before, after, metrics
+
+
+def test_microbatches_add_up_to_the_batch(steps, learnt):
+  """Loss and gradients, though the parts have unequal numbers of words: no mean of means."""
+  rate, before, after, metrics = steps
   loss, gradients = learnt
-  assert float(found["loss"]) == float(found["lm"]) == pytest.approx(loss, rel=1e-5)
+  assert metrics[0]["loss"] == metrics[0]["lm"] == pytest.approx(loss, rel=1e-5)
   for name, gradient in gradients.items():
+    change = (before[name] - after[name]) / rate
     scale = max(np.abs(gradient).max(), np.abs(before[name]).max())
-    np.testing.assert_allclose(before[name] - after[name], gradient, atol=1e-4 * scale, err_msg=name)
+    np.testing.assert_allclose(change, gradient, atol=1e-4 * scale, err_msg=name)
+
+
+def test_one_batch_can_be_learnt(steps):
+  """As far as a decoder of noise can be told what to write."""
+  loss = [values["lm"] for values in steps[-1]]
+  assert loss[-1] < 0.85 * loss[0]
 
 
 def test_the_end_is_learnt_but_not_of_a_text_that_was_cut(kind, student):
@@ -156,6 +178,35 @@ def test_what_is_taught_stands_in_its_place(kind, student):
 def seen(student, rows):
   sight = student.see(student.vit(rows["image"]), rows["boxes"], rows["region_valid"])
   return sight, student.read_image(sight)
+
+
+def test_scores_are_the_likelihoods_of_continued_prompts(student, kind):
+  """Each token's score stands where the token stood; what is only read has none."""
+  rows = texts()
+  first = np.argmax(rows["fields"][:, 0] > QUESTION, -1)
+  ends = [tiny.SEP] * (kind == "t5")  # T5 reads prompts that end
+  prompts = [row[:at].tolist() + ends for row, at in zip(rows["tokens"][:, 0], first)]
+  prompt, real = left_padded(prompts, tiny.PAD)
+  if kind == "t5":  # pads on the right: how far words are from the queries matters to it
+    prompt, real = (np.flip(rows, 1) for rows in left_padded([row[::-1] for row in prompts], tiny.PAD))
+  rest = np.stack([np.append(row[at:], [tiny.PAD] * at) for row, at in zip(rows["tokens"][:, 0], first)])
+
+  @jax.jit
+  def continued(student, rows):
+    sight, image = seen(student, rows)
+    prompted = student.read(sight, image, rows["prompt"], rows["real"])
+    return student.likelihoods(sight, prompted, rows["rest"][:, None])[:, 0]
+  asked = dict(prompt=prompt, real=real, rest=rest.astype(np.int32))
+  want = np.asarray(continued(student, put(rows | asked)))
+  graph, state = nnx.split(student)
+  found = Scorer(graph, state)({name: rows[name] for name in (
+    "image", "boxes", "region_valid", "tokens", "fields")})
+  assert set(found) == {"words"}
+  for have, given, at, tokens in zip(found["words"][:, 0], want, first, rows["tokens"][:, 0]):
+    length = (tokens != tiny.PAD).sum()
+    np.testing.assert_allclose(have[at:length], given[:length - at], atol=1e-4)
+    if kind == "t5":
+      assert not have[:at].any()
 
 
 def test_a_mention_keeps_its_region_where_its_text_is_moved(kind, theirs):
