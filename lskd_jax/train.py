@@ -225,15 +225,19 @@ def decoder_sizes(config, tokenizer, source: dict | None) -> dict:
   """The decoder's config: that of `init.model`, or of a new one that fits the tokenizer.
 
   Raises:
-    DataError: `init.model` has a decoder of another kind.
+    DataError: `init.model` has a decoder of another kind, or the tokenizer is not its.
   """
   wanted = config.model.decoder.to_dict()
+  text = text_encoder(tokenizer, config.data.text_tokens)
   if source and "decoder" in source:
     if source["language_model"] != config.model.language_model:
       raise DataError(f"model.language_model={config.model.language_model}: {config.init.model} has "
                       f"{source['language_model']}; set it to that")
+    frame = source["decoder"]["pad"], source["decoder"]["end"]
+    if frame != (text.pad, text.end):
+      raise DataError(f"the decoder of {config.init.model} pads and ends texts with tokens {frame}, the "
+                      f"tokenizer with {text.pad, text.end}; they do not belong together")
     return source["decoder"] | wanted
-  text = text_encoder(tokenizer, config.data.text_tokens)
   start = text.start[0] if text.start else text.pad
   return {"vocabulary": tokenizer.get_vocab_size(), "pad": text.pad, "start": start, "end": text.end} | wanted
 

@@ -134,32 +134,35 @@ class GenerativeStudent(nnx.Module):
       image: [B, Q, E], from `read_image`.
       tokens: int32[B, S, T]; fields: int8[B, S, T]; both as the loader gives them.
     """
-    present = jnp.ones(image.shape[:2], bool, out_sharding=ACT_B)
     if not self.decoder.starts_itself:
+      present = jnp.ones(image.shape[:2], bool, out_sharding=ACT_B)
       states, _ = self.decoder.write(self.decoder.read(image, present), self.words(sight, tokens))
       return Taught(self.decoder.logits(states), tokens, fields, jnp.zeros_like(tokens[..., 0]))
-    size, own = tokens.shape, self.decoder.config
-    place, slots = jnp.arange(size[-1]), self.slots(tokens)
-    first = jnp.argmax(fields > QUESTION, -1, keepdims=True)  # of the tokens that are written
-    # The question, which ends as all that T5 reads does.
-    asked = jnp.where(place == first, own.end, tokens)
-    asked = self._words(sight, asked, jnp.where(place == first, -1, slots))
-    wide = (*size[:2], *image.shape[1:])
-    rows = jnp.broadcast_to(image[:, None], wide, out_sharding=ACT_B).astype(asked.dtype)
-    rows = jnp.concatenate([rows, asked], 2)
-    real = jnp.broadcast_to(present[:, None], wide[:3], out_sharding=ACT_B)
-    real = jnp.concatenate([real, place <= first], 2)
-    each = size[0] * size[1]
-    memory = self.decoder.read(layers.reshape(rows, each, *rows.shape[2:]),
-                               layers.reshape(real, each, rows.shape[2]))
-    # The rest, behind the decoder's own start.
-    moved = first[..., 0] - 1
+    place, slots, own = jnp.arange(tokens.shape[-1]), self.slots(tokens), self.decoder.config
+    first = jnp.argmax(fields > QUESTION, -1)  # of the tokens that are written
+    memory = self._ask(sight, image, tokens, slots, first)
+    # What is written, behind the decoder's own start.
+    moved = first - 1
     tokens, slots, fields = (jnp.where(place == 0, start, shifted(row, moved, fill)) for row, start, fill in
                              ((tokens, own.start, own.pad), (slots, -1, -1), (fields, NO_FIELD, NO_FIELD)))
     rows = self._words(sight, tokens, slots)
-    states, _ = self.decoder.write(memory, layers.reshape(rows, each, 1, *rows.shape[2:]))
-    logits = self.decoder.logits(layers.reshape(states, *size, states.shape[-1]))
+    batch, texts, size, width = rows.shape
+    states, _ = self.decoder.write(memory, layers.reshape(rows, batch * texts, 1, size, width))
+    logits = self.decoder.logits(layers.reshape(states, batch, texts, size, states.shape[-1]))
     return Taught(logits, tokens, fields, moved)
+
+  def _ask(self, sight: Sight, image: jax.Array, tokens: jax.Array, slots: jax.Array,
+           first: jax.Array) -> Memory:
+    """The queries and what stands before place `first` of each text, closed by the end token as all that
+    T5 reads: a Memory of B * S prompts."""
+    last = jnp.arange(tokens.shape[-1]) == first[..., None]
+    words = self._words(sight, jnp.where(last, self.decoder.config.end, tokens), jnp.where(last, -1, slots))
+    batch, texts, size, width = words.shape
+    queries = jnp.broadcast_to(image[:, None], (batch, texts, *image.shape[1:]), out_sharding=ACT_B)
+    rows = jnp.concatenate([queries.astype(words.dtype), words], 2)
+    real = jnp.arange(rows.shape[2]) - queries.shape[2] <= first[..., None]
+    return self.decoder.read(layers.reshape(rows, batch * texts, rows.shape[2], width),
+                             layers.reshape(real, batch * texts, rows.shape[2]))
 
   def read(self, sight: Sight, image: jax.Array, prompt: jax.Array, real: jax.Array) -> Prompted:
     """One prompt for each image.

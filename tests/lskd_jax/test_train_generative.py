@@ -25,6 +25,7 @@ from tests.lskd_jax.test_train import KilledError, assert_same_run, logged, para
 from tests.lskd_jax.tiny_models import make_model
 
 STEPS = 40
+OTHER = {"opt": "t5", "t5": "opt"}
 
 
 @pytest.fixture(scope="module")
@@ -160,7 +161,10 @@ def test_the_decoder_is_that_of_the_model_to_start_from(folder, kind):
   stored = build.model_config("generative", checkpoint.load_config(folder / kind)["model"])
   config.model.decoder.update(remat="full", scan=False)
   assert sized(config, tokenizer).decoder == dataclasses.replace(stored.decoder, remat="full")
-  config.model.language_model = {"opt": "t5", "t5": "opt"}[kind]
+  other = load_tokenizer(folder / f"tokenizer {OTHER[kind]}")
+  with pytest.raises(DataError, match=r"pads and ends texts with tokens \(.*; they do not belong together"):
+    sized(config, other)
+  config.model.language_model = OTHER[kind]
   with pytest.raises(DataError, match=rf"model.language_model={config.model.language_model}: .* has "
                      rf"{kind}; set it to that"):
     sized(config, tokenizer)
