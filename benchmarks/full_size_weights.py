@@ -21,7 +21,7 @@ import numpy as np
 from PIL import Image
 
 from data_pipeline import tokenizer as tokenizers
-from lskd_jax.convert import hf, tables, tensors
+from lskd_jax.convert import hf, hf_configs, tables, tensors
 from lskd_jax.models.qformer import QFormerConfig
 from lskd_jax.models.student import StudentConfig
 
@@ -71,7 +71,7 @@ def make_source(folder: Path, dtype: str) -> int:
   tensors.write_folder(folder, [
       tensors.Planned(entry.theirs, entry.shape, hf.kept_as(entry.theirs, dtype),
                       lambda entry=entry: make(entry)) for entry in table])
-  (folder / "config.json").write_text(json.dumps(hf.hf_config(config, dtype)))
+  (folder / "config.json").write_text(json.dumps(hf_configs.write_config("student", config, dtype)))
   return sum(int(np.prod(entry.shape)) for entry in table)
 
 

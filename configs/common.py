@@ -60,7 +60,8 @@ def get_config() -> ConfigDict:
       region_swap=1.0,           # weight of the region-swap negatives within ITM
       question=1.0,              # weight of a question's own words in LM (LSKD: the whole text);
                                  # 0 for a generative student that is asked questions
-      smoothing=0.1))            # label smoothing of ITC and LM (LAVIS)
+      smoothing=0.1,             # label smoothing of ITC and LM (LAVIS)
+      detach_gathered=False))    # True: ITC's gradient reaches one side of each direction, as in LAVIS
 
   config.optim = ConfigDict(dict(
       learning_rate=1e-5, warmup_steps=1000, steps=10_000, final_share=0.1,  # LSKD

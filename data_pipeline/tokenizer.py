@@ -98,19 +98,26 @@ def save_tokenizer(tokenizer: Tokenizer, out_dir: str | Path) -> None:
 
 
 def load_tokenizer(folder: str | Path) -> Tokenizer:
-  """Reads a folder with `tokenizer.json`, or a stock BERT folder with `vocab.txt`.
+  """Reads a folder with `tokenizer.json`, or as stock BERT has it, with `vocab.txt`, or as stock OPT
+  has it, with `vocab.json` and `merges.txt`.
 
   A WordPiece vocabulary without [DEC] (stock BERT) gets it as its last token, as BLIP-2 has it.
   Text that spells a special token, such as "[SEP]", is read as plain text, never as the token.
-  DataError where the folder holds neither file, or one that cannot be read.
+  DataError where the folder holds none of them, or one that cannot be read.
   """
   folder = Path(folder)
   saved, vocabulary = folder / "tokenizer.json", folder / "vocab.txt"
-  if not saved.exists() and not vocabulary.exists():
-    raise DataError(f"{folder}: has no tokenizer.json and no vocab.txt; give a tokenizer folder")
+  byte_level = folder / "vocab.json", folder / "merges.txt"
+  if not (saved.exists() or vocabulary.exists() or all(path.exists() for path in byte_level)):
+    raise DataError(
+      f"{folder}: has no tokenizer.json, no vocab.txt, and no vocab.json with merges.txt; give a "
+      "tokenizer folder"
+    )
   try:
     if saved.exists():
       tokenizer = Tokenizer.from_file(str(saved))
+    elif not vocabulary.exists():
+      tokenizer = _byte_level(*byte_level)
     else:
       vocab = models.WordPiece.read_file(str(vocabulary))
       tokenizer = _wordpiece(vocab, lowercase=_is_lower_case(folder))
@@ -202,6 +209,16 @@ def _wordpiece(vocab: dict[str, int], lowercase: bool) -> Tokenizer:
   tokenizer.normalizer = normalizers.BertNormalizer(lowercase=lowercase)
   tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
   tokenizer.decoder = decoders.WordPiece(prefix="##", cleanup=False)
+  return tokenizer
+
+
+def _byte_level(vocabulary: Path, merges: Path) -> Tokenizer:
+  """A given vocabulary with GPT-2's rules, as OPT has it; words in <> are special."""
+  tokenizer = Tokenizer(models.BPE.from_file(str(vocabulary), str(merges)))
+  tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+  tokenizer.decoder = decoders.ByteLevel()
+  special = [piece for piece in tokenizer.get_vocab() if re.fullmatch(r"</?[a-z]+>", piece)]
+  tokenizer.add_special_tokens(sorted(special, key=tokenizer.token_to_id))
   return tokenizer
 
 

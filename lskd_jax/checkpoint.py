@@ -230,7 +230,8 @@ def save_model(directory, config: dict, params, tokenizer_dir=None) -> None:
   Args:
     directory: where. An existing model directory is replaced, another non-empty folder refused.
     config: what JSON can hold, enough to build the model again.
-    params: nested dict or `nnx.State` of arrays: all parts of the model, the frozen ones too.
+    params: nested dict or `nnx.State` of arrays or `streams.Streamed`: all parts of the model, the
+      frozen ones too.
     tokenizer_dir: folder whose files become `tokenizer/`; None for a model without text.
 
   Raises:
@@ -242,14 +243,19 @@ def save_model(directory, config: dict, params, tokenizer_dir=None) -> None:
     raise CheckpointError(f"{tokenizer_dir} is not a folder: expected a tokenizer's files")
   refuse_other_folder(directory)
   partial = directory.parent / f"{directory.name}.partial"
-  if jax.process_index() == 0:
-    _remove(partial)
-    partial.mkdir(parents=True)
-    (partial / "config.json").write_text(text)
-    if tokenizer_dir is not None:
-      _copy_folder(epath.Path(tokenizer_dir), partial / "tokenizer")
-  barrier("model directory is prepared")
-  trees.write_tree(partial / "params", params)
+  try:
+    if jax.process_index() == 0:
+      _remove(partial)
+      partial.mkdir(parents=True)
+      (partial / "config.json").write_text(text)
+      if tokenizer_dir is not None:
+        _copy_folder(epath.Path(tokenizer_dir), partial / "tokenizer")
+    barrier("model directory is prepared")
+    trees.write_tree(partial / "params", params)
+  except BaseException:  # Ctrl-C too: gigabytes that nobody can use are not left lying about
+    if jax.process_index() == 0:
+      _remove(partial)
+    raise
   if jax.process_index() == 0:
     replaced = directory.parent / f"{directory.name}.replaced"
     _remove(replaced)

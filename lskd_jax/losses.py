@@ -40,9 +40,19 @@ def word_likelihoods(logits: jax.Array, tokens: jax.Array) -> jax.Array:
 
   Entry t belongs to token t, predicted at position t - 1; entry 0 is 0.
   """
-  scores = jax.nn.log_softmax(logits[:, :, :-1].astype(jnp.float32))
-  chosen = jnp.take_along_axis(scores, tokens[:, :, 1:, None], -1)[..., 0]
-  return jnp.pad(chosen, ((0, 0), (0, 0), (1, 0)))
+  chosen, total = _next_word(logits.astype(jnp.float32), tokens)
+  return jnp.pad((chosen - total)[:, :, :-1], ((0, 0), (0, 0), (1, 0)))
+
+
+def _next_word(logits, tokens):
+  """The logit of the token after each position and the log-sum-exp there, float32[B, S, T] each.
+
+  The last position has none after it, and what stands there means nothing: cutting it off the
+  logits would copy them all. A sum picks the logit, because the gradient of a gather is a scatter.
+  """
+  following = jnp.roll(tokens, -1, -1)[..., None]
+  is_next = jnp.arange(logits.shape[-1]) == following
+  return jnp.where(is_next, logits, 0).sum(-1), jax.nn.logsumexp(logits, -1)
 
 
 def lm_loss(logits: jax.Array, tokens: jax.Array, weights: jax.Array,
@@ -51,15 +61,14 @@ def lm_loss(logits: jax.Array, tokens: jax.Array, weights: jax.Array,
 
   Returns the loss, and bool[B, S, T - 1]: whether each token but the first is the likeliest one.
   """
-  logits = logits[:, :, :-1].astype(jnp.float32)
-  chosen = jnp.take_along_axis(logits, tokens[:, :, 1:, None], -1)[..., 0]
-  total = jax.nn.logsumexp(logits, -1)
+  logits = logits.astype(jnp.float32)
+  chosen, total = _next_word(logits, tokens)
   loss = total - chosen
   if smoothing:
     loss = (1 - smoothing) * loss + smoothing * (total - logits.mean(-1))
   weights = weights[:, :, 1:]
   right = chosen >= jax.lax.stop_gradient(logits).max(-1)
-  return Weighted((loss * weights).sum(), weights.sum()), right
+  return Weighted((loss[:, :, :-1] * weights).sum(), weights.sum()), right[:, :, :-1]
 
 
 def answers_right(right: jax.Array, fields: jax.Array, valid: jax.Array) -> Weighted:
@@ -73,41 +82,37 @@ def similarity(image: jax.Array, text: jax.Array) -> jax.Array:
   return jnp.einsum("bqe,cse->bqcs", image, reshard(text, REPLICATED)).max(1)
 
 
-def itc_loss(scores: jax.Array, image_id: jax.Array, valid: jax.Array, temperature,
-             smoothing: float) -> Weighted:
+def itc_loss(image_to_text: jax.Array, text_to_image: jax.Array, image_id: jax.Array, valid: jax.Array,
+             temperature, smoothing: float) -> Weighted:
   """Image-text contrast over the global batch, both directions averaged.
 
   Args:
-    scores: float32[B, B, S], `similarity` of image b with statement s of image c.
+    image_to_text, text_to_image: float32[B, B, S], `similarity` of image b with statement s of image
+      c, for each direction: equal numbers, which may differ in where their gradients go.
     image_id: int32[B]; rows of one image are not each other's negatives.
     valid: bool[B, S] statements that exist.
 
   With one statement per image and distinct images this is LAVIS's loss: cross-entropy against
   (1 - smoothing) one-hot + smoothing / N.
   """
-  logits = scores / temperature
-  batch, _, texts = scores.shape
   ids = reshard(image_id, REPLICATED)
   other = (image_id[:, None] != ids[None])[..., None] & reshard(valid, REPLICATED)[None]
-  own = (jnp.arange(batch)[:, None] == jnp.arange(batch)[None])
-  positive = jnp.where(own[..., None], logits, 0).sum(1)  # [B, S]: image b with its own statements
-  # Image to text: the statement against all statements of other images.
-  negatives = _log_sum(logits, other, (1, 2))[:, None]
-  counts = 1 + other.sum((1, 2))[:, None]
-  smooth = (positive + jnp.where(other, logits, 0).sum((1, 2))[:, None]) / counts
-  image_to_text = jnp.logaddexp(positive, negatives) - (1 - smoothing) * positive - smoothing * smooth
-  # Text to image: the image against all other images.
-  columns = jnp.where(other, logits, -jnp.inf)
-  negatives = reshard(_log_sum(columns, other, 0), ACT_B)
-  counts = 1 + reshard(other.sum(0), ACT_B)
-  smooth = (positive + reshard(jnp.where(other, logits, 0).sum(0), ACT_B)) / counts
-  text_to_image = jnp.logaddexp(positive, negatives) - (1 - smoothing) * positive - smoothing * smooth
-  loss = (image_to_text + text_to_image) / 2
-  return Weighted((loss * valid).sum(), valid.sum())
+  own = jnp.arange(len(image_id))[:, None] == jnp.arange(len(image_id))[None]
 
+  def cross_entropy(scores, axes, per_statement):
+    """Of the positives, float32[B, S], among the other entries along `axes`."""
+    logits = scores / temperature
+    positive = jnp.where(own[..., None], logits, 0).sum(1)  # image b with its own statements
+    negatives = jax.nn.logsumexp(jnp.where(other, logits, -1e9), axis=axes)
+    counts = 1 + per_statement(other.sum(axes))
+    smooth = (positive + per_statement(jnp.where(other, logits, 0).sum(axes))) / counts
+    total = jnp.logaddexp(positive, per_statement(negatives))
+    return total - (1 - smoothing) * positive - smoothing * smooth
 
-def _log_sum(logits, mask, axis):
-  return jax.nn.logsumexp(jnp.where(mask, logits, -1e9), axis=axis)
+  # The statement against all statements of other images; the image against all other images.
+  loss = cross_entropy(image_to_text, (1, 2), lambda rows: rows[:, None])
+  loss += cross_entropy(text_to_image, 0, lambda columns: reshard(columns, ACT_B))
+  return Weighted((loss / 2 * valid).sum(), valid.sum())
 
 
 def itm_loss(logits: jax.Array, label: int, weights: jax.Array) -> tuple[Weighted, Weighted]:
@@ -159,38 +164,63 @@ def mentions_fit(slots: jax.Array, valid: jax.Array) -> jax.Array:
   return jnp.einsum("csr,br->bcs", mentioned, (~valid).astype(jnp.float32)) == 0
 
 
-def itm_rows(student: Student, features, batch: dict, sight: Sight, scores, weights, keys):
-  """The ITM loss of one batch: matches, hard negatives both ways, and region-swap negatives.
+class Negatives(NamedTuple):
+  """The hard negatives of ITM.
 
-  Negatives are drawn in proportion to exp(similarity): one other image per row for its statements,
-  and S statements of other images for its image. Region vectors always come from the image a text
-  is paired with. Returns {name: (loss, accuracy)}.
+  image: int32[B], the row whose image the statements of each row are shown.
+  text: int32[B, S], the statements that each image is shown, numbered row * S + statement.
+  has_image, has_text: bool[B], bool[B, S], whether there was one to show.
+  """
+  image: jax.Array
+  text: jax.Array
+  has_image: jax.Array
+  has_text: jax.Array
+
+
+def draw_negatives(student: Student, batch: dict, scores, image_key, text_key) -> Negatives:
+  """Negatives in proportion to exp(scores), float32[B, B, S] as of `similarity`.
+
+  One other image per row for its statements, and S statements of other images for its image, such
+  that every region a statement mentions exists in the image it is shown.
   """
   tokens, valid = batch["tokens"], batch["statement_valid"]
-  real = valid.astype(jnp.float32)
   other = batch["image_id"][:, None] != reshard(batch["image_id"], REPLICATED)[None]
   fits = mentions_fit(student.slots(tokens), batch["region_valid"])
   if not student.config.uses_region_tokens:
     fits = jnp.ones_like(fits)
-  rows = {"match": itm_loss(student.match(sight, tokens, keys[0]), 1, real)}
   # Statements of image c shown another image b: needs an image with all the regions they mention.
   needed = (fits | ~reshard(valid, REPLICATED)[None]).all(2)
-  by_text = (scores * reshard(real, REPLICATED)[None]).sum(2)
-  image, found = draw(reshard(by_text.T, ACT_B), reshard((other & needed).T, ACT_B), keys[1])
-  take = lambda rows: reshard(rows, REPLICATED).at[image].get(out_sharding=ACT_B)
-  other_sight = student.see(take(features), take(batch["boxes"]), take(batch["region_valid"]))
-  rows["other_image"] = itm_loss(student.match(other_sight, tokens, keys[2]), 0,
-                                 real * found[:, None])
+  by_text = (scores * reshard(valid, REPLICATED)[None]).sum(2)
+  image, has_image = draw(reshard(by_text.T, ACT_B), reshard((other & needed).T, ACT_B), image_key)
   # The image shown statements of others.
-  size, texts, length = tokens.shape
+  size, texts, _ = tokens.shape
   wide = (size, texts, size, texts)
   spread = lambda rows: layers.reshape(
       jnp.broadcast_to(rows[:, None], wide, out_sharding=ACT_B), size, texts, size * texts)
-  flat, allowed = spread(scores), spread(other[..., None] & fits & reshard(valid, REPLICATED)[None])
-  text, found = draw(flat, allowed, keys[3])
-  others = reshard(tokens, REPLICATED).reshape(-1, length).at[text].get(out_sharding=ACT_B)
-  rows["other_text"] = itm_loss(student.match(sight, others, keys[4]), 0,
-                                found.astype(jnp.float32) * real)
+  allowed = other[..., None] & fits & reshard(valid, REPLICATED)[None]
+  text, has_text = draw(spread(scores), spread(allowed), text_key)
+  return Negatives(image, text, has_image, has_text)
+
+
+def itm_rows(student: Student, features, batch: dict, sight: Sight, negatives: Negatives, weights,
+             keys):
+  """The ITM loss of one batch: matches, hard negatives both ways, and region-swap negatives.
+
+  Region vectors always come from the image a text is paired with. Returns {name: (loss, accuracy)}.
+  """
+  tokens = batch["tokens"]
+  texts = tokens.shape[1]
+  real = batch["statement_valid"].astype(jnp.float32)
+  take = lambda rows, at: reshard(rows, REPLICATED).at[at].get(out_sharding=ACT_B)
+  # One pass for all texts that an image is shown: its own and those of others.
+  others = take(reshard(tokens, REPLICATED).reshape(-1, tokens.shape[-1]), negatives.text)
+  logits = student.match(sight, jnp.concatenate([tokens, others], 1), keys[0])
+  rows = {"match": itm_loss(logits[:, :texts], 1, real),
+          "other_text": itm_loss(logits[:, texts:], 0, real * negatives.has_text)}
+  other_sight = student.see(*(take(rows, negatives.image) for rows in
+                              (features, batch["boxes"], batch["region_valid"])))
+  rows["other_image"] = itm_loss(student.match(other_sight, tokens, keys[2]), 0,
+                                 real * negatives.has_image[:, None])
   if weights["region_swap"] and student.config.uses_region_tokens:
     boxes, possible = swapped_regions(batch["boxes"], batch["region_valid"], keys[5])
     swapped = student.see(features, boxes, batch["region_valid"])
@@ -200,14 +230,17 @@ def itm_rows(student: Student, features, batch: dict, sight: Sight, scores, weig
   return rows
 
 
-def student_loss(student: Student, batch: dict, weights: dict, key) -> tuple[dict, dict]:
+def student_loss(student: Student, batch: dict, weights: dict, key,
+                 negatives: Negatives | None = None) -> tuple[dict, dict]:
   """The stage-1 losses of a batch.
 
   Args:
     batch: as the loader gives it, on the device, with `features` [B, N, C] or `image`.
     weights: `itc`, `itm`, `lm` (0 leaves a loss out), `region_swap` (weight of those negatives in
-      ITM), `question` (weight of a question's tokens in LM), `smoothing`.
+      ITM), `question` (weight of a question's tokens in LM), `smoothing`, `detach_gathered` (ITC's
+      gradient reaches the image in image-to-text and the text in text-to-image alone).
     key: PRNG key of this step: negatives and dropout.
+    negatives: ITM's hard negatives; None draws them.
 
   Returns:
     {loss name: Weighted}, {metric name: Weighted}.
@@ -225,16 +258,23 @@ def student_loss(student: Student, batch: dict, weights: dict, key) -> tuple[dic
     losses["lm"], right = lm_loss(logits, tokens, per_word, weights["smoothing"])
     metrics["answer_words_right"] = answers_right(right, batch["fields"], valid)
   if weights["itc"] or weights["itm"]:
-    scores = similarity(student.embed_image(states), student.embed_text(tokens, keys[2]))
+    image, text = student.embed_image(states), student.embed_text(tokens, keys[2])
+    scores = similarity(image, text)
   if weights["itc"]:
-    losses["itc"] = itc_loss(scores, batch["image_id"], valid, student.temperature(),
+    both = scores, scores
+    if weights["detach_gathered"]:
+      detach = jax.lax.stop_gradient
+      both = similarity(image, detach(text)), similarity(detach(image), text)
+    losses["itc"] = itc_loss(*both, batch["image_id"], valid, student.temperature(),
                              weights["smoothing"])
   if weights["itm"]:
     itm_keys = list(jax.random.split(jax.random.fold_in(key, 3), 7))
-    for i in (0, 2, 4, 6):  # dropout keys; the others draw negatives
+    for i in (0, 2, 6):  # dropout keys; 1, 3 and 5 draw negatives
       itm_keys[i] = None if train is None else itm_keys[i]
-    hardness = jax.lax.stop_gradient(scores / student.temperature())
-    rows = itm_rows(student, features, batch, sight, hardness, weights, itm_keys)
+    if negatives is None:
+      hardness = jax.lax.stop_gradient(scores / student.temperature())
+      negatives = draw_negatives(student, batch, hardness, itm_keys[1], itm_keys[3])
+    rows = itm_rows(student, features, batch, sight, negatives, weights, itm_keys)
     losses["itm"] = Weighted(*(sum(loss[i] for loss, _ in rows.values()) for i in (0, 1)))
     metrics |= {f"itm_{name}_right": right for name, (_, right) in rows.items()}
   return losses, metrics

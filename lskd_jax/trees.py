@@ -11,6 +11,7 @@ Everything here is collective: on several hosts, all processes call it with the 
 """
 import concurrent.futures
 import functools
+import math
 
 from etils import epath
 import jax
@@ -20,7 +21,8 @@ import numpy as np
 import orbax.checkpoint as ocp
 import tensorstore
 
-PIECE = 2**25  # bytes: larger leaves of a folder are stored in pieces of about this size
+from lskd_jax import streams
+
 NAMES_SHOWN = 20  # in one error line: a wrong config can mismatch thousands of leaves
 
 
@@ -85,7 +87,7 @@ def fingerprints(named: dict[str, object]) -> dict[str, int]:
   which is never 0 modulo 2^32.
 
   Computed on the hosts: a save has to copy the arrays there anyway, and nothing has to be compiled
-  in the seconds that are left before a preemption.
+  in the seconds that are left before a preemption. A streamed leaf's is 0 until it is written.
   """
   with concurrent.futures.ThreadPoolExecutor() as pool:
     sums = np.array(list(pool.map(_sum_of_own_shards, named.values())), np.uint32)
@@ -96,6 +98,8 @@ def fingerprints(named: dict[str, object]) -> dict[str, int]:
 
 def _sum_of_own_shards(leaf) -> int:
   """This process's part of the sum; what every process has a copy of is process 0's."""
+  if isinstance(leaf, streams.Streamed):
+    return 0
   if jax.process_index() > 0 and getattr(leaf, "is_fully_addressable", True):
     return 0
   if not isinstance(leaf, jax.Array):
@@ -194,23 +198,27 @@ def place(leaf, mesh) -> jax.ShapeDtypeStruct:
   return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
 
 
-def tree_handler() -> ocp.PyTreeCheckpointHandler:
+def tree_handler(*more: tuple, **options) -> ocp.PyTreeCheckpointHandler:
   """Orbax's reader and writer of one tree, set up so that a save compiles next to nothing.
 
   By default the replicas of an array share its writing, however small it is, and cutting it into
   pieces compiles a program for each shape: seconds that a save before a preemption may not have.
+
+  Args:
+    more: pairs of another type of leaf and its handler.
+    options: of orbax's handler.
   """
   arrays = ocp.type_handlers.ArrayHandler(min_slice_bytes_for_replica_parallel=2**24)
   registry = ocp.type_handlers.create_type_handler_registry(
-      (jax.Array, arrays), (np.ndarray, ocp.type_handlers.NumpyHandler()))
-  return ocp.PyTreeCheckpointHandler(type_handler_registry=registry)
+      *more, (jax.Array, arrays), (np.ndarray, ocp.type_handlers.NumpyHandler()))
+  return ocp.PyTreeCheckpointHandler(type_handler_registry=registry, **options)
 
 
 def save_arguments(named: dict[str, object], by_row: bool = False) -> ocp.args.PyTreeSave:
   """What orbax is told to save; `by_row` so that one row of a large leaf can be read by itself."""
   def how(leaf) -> ocp.SaveArgs:
-    large = by_row and leaf.ndim and leaf.size * leaf.dtype.itemsize > PIECE
-    return ocp.SaveArgs(chunk_byte_size=PIECE, shard_axes=(0,)) if large else ocp.SaveArgs()
+    large = by_row and leaf.shape and math.prod(leaf.shape) * leaf.dtype.itemsize > streams.PIECE
+    return ocp.SaveArgs(chunk_byte_size=streams.PIECE, shard_axes=(0,)) if large else ocp.SaveArgs()
   return ocp.args.PyTreeSave(nest(named), nest({name: how(leaf) for name, leaf in named.items()}))
 
 
@@ -222,14 +230,24 @@ def restore_arguments(target: dict[str, object], mesh) -> ocp.args.PyTreeRestore
 
 
 def write_tree(directory: epath.Path, tree) -> dict[str, dict]:
-  """Stores a tree in a new folder that appears only when it is complete. Returns its manifest."""
+  """Stores a tree in a new folder that appears only when it is complete. Returns its manifest.
+
+  Leaves may be `streams.Streamed`: of those no more than a few pieces are in memory.
+  """
   named = named_leaves(tree)
   manifest = make_manifest(named)
+
+  def seen(name: str, row: int, part: np.ndarray) -> None:
+    total = manifest[name]["fingerprint"] + _weighted_sum(part, (row,) + (0,) * (part.ndim - 1))
+    manifest[name]["fingerprint"] = total % 2**32
+  stream = (streams.Streamed, streams.StreamHandler(seen))
   try:
-    with ocp.Checkpointer(tree_handler()) as writer:
+    with ocp.Checkpointer(tree_handler(stream)) as writer:
       writer.save(directory, args=save_arguments(named, by_row=True),
-                  custom_metadata={"leaves": manifest})
-  except OSError as error:
+                  custom_metadata={"leaves": manifest})  # is written after the arrays
+  except CheckpointError:
+    raise  # a streamed leaf could not be made
+  except (OSError, ValueError) as error:
     raise CheckpointError(f"cannot write {directory}: {one_line(error)}") from error
   return manifest
 
@@ -247,6 +265,9 @@ def read_manifest(directory: epath.Path) -> dict[str, dict]:
 def read_tree(directory: epath.Path, target=None, mesh=None):
   """Restores what `write_tree` wrote, and checks every value.
 
+  Beside the tree itself, memory holds what is being read: about the bytes of its largest leaf, as
+  they are on disk and once more unpacked.
+
   Args:
     directory: the folder.
     target: the structure to return, with shapes, dtypes and shardings (see `place`); None returns
@@ -261,8 +282,10 @@ def read_tree(directory: epath.Path, target=None, mesh=None):
     wanted = named_leaves(target)
     check_structure(manifest, wanted, directory)
     arguments = restore_arguments(wanted, mesh)
+  # By default orbax reads all leaves at once, and where disks are fast holds the tree twice.
+  largest = max(math.prod(entry["shape"]) for entry in manifest.values()) * 4
   try:
-    with ocp.Checkpointer(tree_handler()) as reader:
+    with ocp.Checkpointer(tree_handler(restore_concurrent_gb=1 + largest // 10**9)) as reader:
       tree = reader.restore(directory, args=arguments)
   except jax.errors.JaxRuntimeError:
     raise  # a device that is out of memory says nothing about the files

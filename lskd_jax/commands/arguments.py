@@ -1,6 +1,7 @@
 """What the verbs share: how they are declared, and the kinds of values they take."""
 from argparse import ArgumentParser, ArgumentTypeError, RawDescriptionHelpFormatter
 from collections.abc import Callable
+import math
 
 
 def add_verb(verbs, name: str, run: Callable, summary: str, example: str) -> ArgumentParser:
@@ -21,6 +22,11 @@ def count(text: str) -> int:
 def seed(text: str) -> int:
   """A whole number from 0 on."""
   return _number(text, int, lambda value: value >= 0, "a whole number from 0 on")
+
+
+def number(text: str) -> float:
+  """A finite number."""
+  return _number(text, float, math.isfinite, "a number")
 
 
 def share(text: str) -> float:

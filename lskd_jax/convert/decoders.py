@@ -1,10 +1,12 @@
-"""Which tensor of a decoder language model in PyTorch is which part of which leaf of ours.
+"""Which tensor of a BLIP-2 with a decoder in PyTorch is which part of which leaf of ours.
 
-Names are transformers': a decoder's own, behind the prefix it has inside a BLIP-2.
+A decoder's names are transformers', behind the prefix it has inside a BLIP-2.
 """
-from lskd_jax.convert.tables import Entry, linear, norm
+from lskd_jax.convert import tables
+from lskd_jax.convert.tables import Entry, Scheme, linear, norm
 from lskd_jax.models.decoders.opt import OFFSET, OptConfig
 from lskd_jax.models.decoders.t5 import T5Config
+from lskd_jax.models.generative import GenerativeConfig
 
 # Copies of the word table, and a bias that no T5 uses though the first checkpoints have it.
 T5_IGNORED = ("encoder.embed_tokens.weight", "decoder.embed_tokens.weight",
@@ -12,6 +14,41 @@ T5_IGNORED = ("encoder.embed_tokens.weight", "decoder.embed_tokens.weight",
 
 
 OPT_IGNORED = ("lm_head.weight",)  # the head is the word table
+
+
+def generative_table(config: GenerativeConfig, scheme: Scheme = tables.HF) -> list[Entry]:
+  """Every tensor of a BLIP-2 with a decoder: `Blip2ForConditionalGeneration`, or LAVIS's stage 2."""
+  width = config.qformer.width
+  decoder = decoder_table(config, decoder_prefix(config, scheme))
+  embed = decoder[0].shape[1]  # of the word embeddings
+  projection = "language_projection" if scheme is tables.HF else f"{config.language_model}_proj"
+  return [
+      *tables.vit_table(config, scheme),
+      *norm(scheme.ln_vision, "ln_vision", config.vit.width),
+      Entry("query_tokens", (1, config.qformer.queries, width), "qformer/query_tokens"),
+      *norm(scheme.qformer_norm, "qformer/norm", width),
+      *tables.qformer_blocks(config, scheme),
+      *linear(projection, "decoder_proj", width, embed),
+      *decoder,
+  ]
+
+
+def decoder_prefix(config: GenerativeConfig, scheme: Scheme) -> str:
+  """What stands before the decoder's own keys."""
+  return "language_model." if scheme is tables.HF else f"{config.language_model}_model."
+
+
+def decoder_table(config: GenerativeConfig, prefix: str) -> list[Entry]:
+  """The decoder's tensors alone; the word embeddings come first."""
+  make = {"opt": opt_table, "t5": t5_table}[config.language_model]
+  return make(config.decoder, prefix, "decoder/")
+
+
+def decoder_ignored(config: GenerativeConfig, prefix: str) -> tuple[str, ...]:
+  """Keys of a decoder that hold nothing to load."""
+  if config.language_model == "t5":
+    return t5_ignored(config.decoder, prefix)
+  return tuple(prefix + key for key in OPT_IGNORED)
 
 
 def t5_ignored(config: T5Config, prefix: str) -> tuple[str, ...]:

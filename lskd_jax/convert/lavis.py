@@ -5,6 +5,7 @@ come from a config, the tokenizer from a folder (bert-base-uncased), the ViT fro
 are unpickled with `weights_only=True`, so that they cannot run code. What `lavis_export` writes has a
 side file, FILE.lskd.safetensors, with the sizes and what LAVIS has no place for.
 """
+from collections.abc import Callable
 import dataclasses
 import json
 from pathlib import Path
@@ -14,14 +15,16 @@ import re
 import numpy as np
 
 from lskd_jax.convert import tables, tensors
-from lskd_jax.convert.student import Imported, write_model
+from lskd_jax.convert.model_directory import Imported, write_model
 from lskd_jax.models.student import StudentConfig, student_config
+from lskd_jax.models.vit import VitConfig
 from lskd_jax.trees import CheckpointError, one_line
 
 VIT = "visual_encoder."
 VISION_EPS = 1e-5  # of ln_vision in LAVIS
 SIDE = ".lskd.safetensors"  # what the side file's name ends with, after that of the .pth
 NOTE = "lskd"               # of the side file: the config.json of the model directory
+PROJECTIONS = ("opt_proj.", "t5_proj.")  # what stage 2 has
 SCORE_HEADS = ("qa_head.", "r_head.")  # what tells a critic from a student
 HEAD = tables.LAVIS.language_head
 TIED = {f"{HEAD}.decoder.weight": tables.LAVIS.words, f"{HEAD}.decoder.bias": f"{HEAD}.bias"}
@@ -52,13 +55,13 @@ def import_lavis(source: Path | str, out: Path | str, *, config: StudentConfig,
     CheckpointError, DataError: one line that names the file, key or setting; nothing is written.
   """
   found, side = read_pth(source), Path(f"{source}{SIDE}")
+  if any(key.startswith(PROJECTIONS) for key in found):
+    raise CheckpointError(f"{source} is a stage-2 model: give the folder of its language model with "
+                          "--decoder DIR")
   extra = tensors.read_safetensors(side) if side.exists() else {}
-  config = _sizes_noted(side) if side.exists() else dataclasses.replace(config, vision_eps=VISION_EPS)
-  if vit is not None:
-    own = {key: tensor for key, tensor in found.items() if not key.startswith(VIT)}
-    found = own | _vit_of(read_pth(vit), config.vit.depth)
-  elif not any(key.startswith(VIT) for key in found):
-    raise CheckpointError(f"{source} holds no ViT ({VIT}*): give its file too, such as eva_vit_g.pth")
+  config = (noted_config(side, student_config) if side.exists() else
+            dataclasses.replace(config, vision_eps=VISION_EPS))
+  found = with_vit(found, source, vit, config.vit.depth)
   for tied, key in TIED.items():
     if key not in found and tied in found:
       found[key] = found.pop(tied)
@@ -120,6 +123,16 @@ def pytorch(path: Path | str):
   return torch
 
 
+def with_vit(found: dict[str, tensors.Tensor], source, vit, depth: int) -> dict[str, tensors.Tensor]:
+  """The tensors of a checkpoint with those of a ViT's own file, or CheckpointError: it has none."""
+  if vit is not None:
+    own = {key: tensor for key, tensor in found.items() if not key.startswith(VIT)}
+    return own | _vit_of(read_pth(vit), depth)
+  if not any(key.startswith(VIT) for key in found):
+    raise CheckpointError(f"{source} holds no ViT ({VIT}*): give its file too, such as eva_vit_g.pth")
+  return found
+
+
 def _vit_of(found: dict[str, tensors.Tensor], depth: int) -> dict[str, tensors.Tensor]:
   """The tensors of a ViT's own file under the names they have in a whole checkpoint."""
   kept = {}
@@ -143,10 +156,10 @@ def _layout(config: StudentConfig, found: dict[str, tensors.Tensor],
   return "critic", table
 
 
-def _sizes_noted(side: Path) -> StudentConfig:
-  """The config that `lavis_export` noted in a side file."""
+def noted_config(side: Path, make: Callable):
+  """The config that `lavis_export` noted in a side file, by `make(nested dict)`."""
   try:
-    return student_config(json.loads(tensors.read_note(side)[NOTE])["model"])
+    return make(json.loads(tensors.read_note(side)[NOTE])["model"])
   except (KeyError, ValueError, TypeError) as error:
     raise CheckpointError(f"{side} is no side file of an export ({one_line(error)}); take it away, or "
                           "copy it again") from None
@@ -155,14 +168,21 @@ def _sizes_noted(side: Path) -> StudentConfig:
 def _sizes(config: StudentConfig, found: dict[str, tensors.Tensor], scheme: tables.Scheme,
            source) -> StudentConfig:
   """The config with what the tensors themselves tell: vocabulary, and side of the ViT's grid."""
-  for key in (scheme.words, scheme.vit_positions):
-    if key not in found:
-      raise CheckpointError(f"{source} has no {key}: it is no stage-1 BLIP-2 of LAVIS with the config's "
-                            "ViT (ViT-g/14: configs/common.py; CLIP's ViT-L/14: configs/blip2_vit_l.py)")
+  if scheme.words not in found:
+    raise CheckpointError(f"{source} has no {scheme.words}: it is no stage-1 BLIP-2 of LAVIS")
   vocabulary = found[scheme.words].shape[0]
+  return dataclasses.replace(config, vit=with_side(config.vit, found, scheme, source),
+                             qformer=dataclasses.replace(config.qformer, vocabulary=vocabulary))
+
+
+def with_side(vit: VitConfig, found: dict[str, tensors.Tensor], scheme: tables.Scheme,
+              source) -> VitConfig:
+  """The ViT's sizes with the side of the pictures that its position embeddings are for."""
+  if scheme.vit_positions not in found:
+    raise CheckpointError(f"{source} has no {scheme.vit_positions}: it is no BLIP-2 of LAVIS with the "
+                          "config's ViT (ViT-g/14: configs/common.py; CLIP's ViT-L/14: "
+                          "configs/blip2_vit_l.py)")
   grid = round((found[scheme.vit_positions].shape[-2] - 1)**0.5)
   # Any side that gives this grid would do for the table; a checkpoint that fits its config keeps it.
-  side = config.vit.image_size if config.vit.grid == (grid, grid) else grid * config.vit.patch
-  return dataclasses.replace(
-      config, vit=dataclasses.replace(config.vit, image_size=side),
-      qformer=dataclasses.replace(config.qformer, vocabulary=vocabulary))
+  side = vit.image_size if vit.grid == (grid, grid) else grid * vit.patch
+  return dataclasses.replace(vit, image_size=side)

@@ -1,5 +1,6 @@
-"""LAVIS's `.pth` out: what `Blip2Qformer`, or LSKD's `Blip2Critic`, loads strictly.
+"""LAVIS's `.pth` out: what `Blip2Qformer`, `Blip2OPT`, `Blip2T5`, or LSKD's `Blip2Critic` loads.
 
+LAVIS takes a language model from where transformers has it, so that of a generative student stays out.
 LAVIS has no place for region tokens, nor for the sizes of a model: they go to a side file,
 FILE.lskd.safetensors, with which `lavis.import_lavis` gives the model back as it was.
 """
@@ -14,11 +15,13 @@ from tqdm import tqdm
 
 from data_pipeline.manifest import sha256
 from lskd_jax import checkpoint, trees
-from lskd_jax.convert import lavis, tables, tensors
-from lskd_jax.models.student import StudentConfig, student_config
+from lskd_jax.convert import decoders, lavis, tables, tensors
+from lskd_jax.models import build
 from lskd_jax.trees import CheckpointError, one_line
 
 SUMS = ".SHA256SUMS"  # what the file with the sums' name ends with
+TABLES = {"student": tables.student_table, "critic": tables.critic_table,
+          "generative": decoders.generative_table}
 POSITION_IDS = "Qformer.bert.embeddings.position_ids"
 
 
@@ -30,7 +33,7 @@ class Exported(NamedTuple):
 
 def export_lavis(model_dir: Path | str, out: Path | str, *, vit: bool = True,
                  progress: bool = True) -> Exported:
-  """The model directory of a student or critic -> `torch.save({"model": state})`, all in float32.
+  """The model directory of a student or critic -> `torch.save({"model": state})`, in float32.
 
   Beside it go the side file and FILE.SHA256SUMS. FILE appears last, and only when it is complete.
   Tensors are made one at a time and wait on disk, so that memory holds one and the disk for a
@@ -48,21 +51,25 @@ def export_lavis(model_dir: Path | str, out: Path | str, *, vit: bool = True,
   model_dir, out = Path(model_dir), Path(out).absolute()
   about = checkpoint.load_config(model_dir)
   kind = about.get("kind")
-  if kind not in ("student", "critic"):
+  if kind not in TABLES:
     raise CheckpointError(f"{model_dir} holds a {kind}; LAVIS has a place for students and critics only")
   files = [out.with_name(out.name + ending) for ending in (lavis.SIDE, SUMS, "")]
   for file in files:
     if file.exists():
       raise CheckpointError(f"{file} is there already: choose another name")
-  config = student_config(about["model"])
-  make_table = tables.critic_table if kind == "critic" else tables.student_table
-  table = make_table(config, tables.lavis_scheme(config))
+  config = build.model_config(kind, about["model"])
+  if not isinstance(config.vit.image_size, int):
+    height, width = config.vit.size
+    raise CheckpointError(f"{model_dir} sees pictures of {height}x{width} px; LAVIS's position embeddings "
+                          "are those of squares")
+  table = TABLES[kind](config, tables.lavis_scheme(config))
   reader = trees.LeafReader(model_dir / "params")
   shapes = {name: tuple(entry["shape"]) for name, entry in reader.manifest.items()}
   rest = tables.uncovered(table, shapes)
   rest += [entry.ours for entry in table if entry.layout == "log"]  # whose exponential is rounded
   side = [tensors.Planned(name, shapes[name], np.dtype(np.float32), functools.partial(
       reader.read, name)) for name in rest]
+  table = [entry for entry in table if not entry.ours.startswith("decoder/")]
   if not vit:
     table = [entry for entry in table if not entry.theirs.startswith(lavis.VIT)]
   partial = out.with_name(f".{out.name}.partial")
@@ -72,9 +79,9 @@ def export_lavis(model_dir: Path | str, out: Path | str, *, vit: bool = True,
   try:
     digest = tensors.write_safetensors(made[0], side, note={lavis.NOTE: json.dumps(about)})
     state = _on_disk(torch, partial / "tensors", table, reader, progress)
-    state |= {key: state[other] for key, other in lavis.TIED.items()}
+    state |= {key: state[other] for key, other in lavis.TIED.items() if other in state}
     state[POSITION_IDS] = torch.arange(config.qformer.max_tokens)[None]
-    notes = _notes(config, table, reader)
+    notes = _notes(kind, config, table, reader)
     reader.check()
     try:
       torch.save({"model": state}, made[2])
@@ -103,8 +110,10 @@ def _on_disk(torch, path: Path, table: list[tables.Entry], reader: trees.LeafRea
   return state
 
 
-def _notes(config: StudentConfig, table: list[tables.Entry], reader: trees.LeafReader) -> list[str]:
+def _notes(kind: str, config, table: list[tables.Entry], reader: trees.LeafReader) -> list[str]:
   notes = []
+  if kind == "generative":
+    notes.append("the language model is left out, as LAVIS does; --decoder DIR gives it back to an import")
   if config.vision_eps != lavis.VISION_EPS:
     notes.append(f"ln_vision was trained with eps {config.vision_eps:g}; LAVIS computes it with "
                  f"{lavis.VISION_EPS:g}")

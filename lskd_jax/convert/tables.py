@@ -142,7 +142,7 @@ def student_table(config: StudentConfig, scheme: Scheme) -> list[Entry]:
       Entry(scheme.positions, (config.qformer.max_tokens, width), "qformer/positions"),
       Entry("query_tokens", (1, config.qformer.queries, width), "qformer/query_tokens"),
       *norm(scheme.qformer_norm, "qformer/norm", width),
-      *_qformer_blocks(config, scheme),
+      *qformer_blocks(config, scheme),
       *linear(scheme.vision_proj, "vision_proj", width, embed),
       *linear(scheme.text_proj, "text_proj", width, embed),
       *linear("itm_head", "itm_head", width, 2),
@@ -204,7 +204,8 @@ def vit_table(config: StudentConfig, scheme: Scheme) -> list[Entry]:
   return table
 
 
-def _qformer_blocks(config: StudentConfig, scheme: Scheme) -> Iterable[Entry]:
+def qformer_blocks(config, scheme: Scheme) -> Iterable[Entry]:
+  """The Q-Former's blocks of a student of either kind."""
   size, width = config.qformer, config.qformer.width
   for i in range(size.depth):
     group, member = divmod(i, size.cross_every)
@@ -218,7 +219,7 @@ def _qformer_blocks(config: StudentConfig, scheme: Scheme) -> Iterable[Entry]:
                            width, (group,))
       yield from linear(f"{theirs}{key}.output.dense", f"{ours}/{name}/out", width, width, (group,))
       yield from norm(f"{theirs}{key}.output.LayerNorm", f"{ours}/{name}/norm", width, (group,))
-    for name, suffix in (("text_forward", ""), ("query_forward", "_query")):
+    for name, suffix in (("text_forward", ""), ("query_forward", "_query"))[not size.text:]:
       yield from linear(f"{theirs}intermediate{suffix}.dense", f"{ours}/{name}/mlp/up", width,
                          size.hidden, (group,))
       yield from linear(f"{theirs}output{suffix}.dense", f"{ours}/{name}/mlp/down", size.hidden,

@@ -80,8 +80,11 @@ def read_safetensors(path: Path | str) -> dict[str, Tensor]:
 
   def reader(key: str) -> Callable[[], np.ndarray]:
     def read() -> np.ndarray:
-      with safetensors.safe_open(path, "numpy") as file:
-        return file.get_tensor(key)
+      try:
+        with safetensors.safe_open(path, "numpy") as file:
+          return file.get_tensor(key)
+      except (safetensors.SafetensorError, OSError) as error:
+        raise CheckpointError(f"{path}: {key} cannot be read ({one_line(error)})") from None
     return read
   return {key: Tensor(shape, np.dtype(DTYPES[kind]), reader(key))
           for key, (shape, kind) in kinds.items()}

@@ -73,11 +73,40 @@ class Start(NamedTuple):
   seen: jax.Array | None = None
 
 
+class Prompted(NamedTuple):
+  """Prompts that a model has read, all but the token that is written first.
+
+  memory: of what was read, as the model's `write` takes it. first: int32[B], the prompt's last token,
+  or the model's own start token. before: int32[B], the token before it. seen: bool[B, V], the
+  prompts' tokens, for the repetition penalty.
+  """
+  memory: Any
+  first: jax.Array
+  before: jax.Array
+  seen: jax.Array
+
+
 class Generated(NamedTuple):
   """tokens: int32[B, G], ends included, then padding. scores: float32[B], the log-likelihood of each
   text, with beams divided by length^length_penalty; 0 where tokens were drawn."""
   tokens: jax.Array
   scores: jax.Array
+
+
+def prompted(memory, tokens: jax.Array, vocabulary: int) -> Prompted:
+  """Prompts int32[B, P] of which the model has read all but the last token."""
+  first = tokens[:, -1]
+  before = tokens[:, -2] if tokens.shape[1] > 1 else jnp.zeros_like(first)
+  return Prompted(memory, first, before, jax.nn.one_hot(tokens, vocabulary, dtype=bool).any(1))
+
+
+def generate_after(write: Callable, cache, prompts: Prompted, decoding: Decoding, key=None) -> Generated:
+  """One text after each prompt; `write` as in `generate`, `cache` empty."""
+  shape = (prompts.first.shape[0], decoding.beams)
+  first, before = (jnp.broadcast_to(x[:, None], shape, out_sharding=ACT_B)
+                   for x in (prompts.first, prompts.before))
+  logits, cache = write(cache, first, before, 0, None)
+  return generate(write, Start(logits, cache, 1, prompts.first, prompts.seen), decoding, key)
 
 
 def generate(write: Callable, start: Start, decoding: Decoding, key=None) -> Generated:

@@ -19,7 +19,7 @@ from lskd_jax.models import layers
 from lskd_jax.models.decoders.attention import Cache, Memory
 from lskd_jax.models.decoders.opt import Opt, OptConfig
 from lskd_jax.models.decoders.t5 import T5, T5Config
-from lskd_jax.models.generate import Decoding, Generated, Start, generate
+from lskd_jax.models.generate import Decoding, Generated, Prompted, generate_after, prompted
 from lskd_jax.models.qformer import QFormer, QFormerConfig
 from lskd_jax.models.regions import RegionEncoder, at_mentions, mention_slots
 from lskd_jax.models.student import Sight, Table, build_config, look
@@ -40,6 +40,7 @@ class GenerativeConfig:
   region_mode: str = "tokens"  # tokens | overlay | both | none
   vision_eps: float = 1e-5     # of ln_vision (LAVIS 1e-5, transformers 1e-6)
   prompt: str = "question: {question} answer:"  # how a question is asked; what a run trains on
+  image_token: int | None = None  # the id that stands for a query in transformers' prompts
   dtype: str = "float32"       # of the computation; parameters are float32
 
   @property
@@ -62,18 +63,6 @@ class Taught(NamedTuple):
   tokens: jax.Array
   fields: jax.Array
   moved: jax.Array
-
-
-class Prompted(NamedTuple):
-  """Prompts that a decoder has read, and the token that is written first.
-
-  memory: of the queries and the prompts. first: int32[B], the prompt's last token, or the decoder's own
-  start token. before: int32[B], the token before it. seen: bool[B, V], the prompts' tokens.
-  """
-  memory: Memory
-  first: jax.Array
-  before: jax.Array
-  seen: jax.Array
 
 
 class GenerativeStudent(nnx.Module):
@@ -111,13 +100,11 @@ class GenerativeStudent(nnx.Module):
 
     before: int32[B, S, 1], the tokens before the texts; None = nothing that opens a mention.
     """
-    row = tokens if before is None else jnp.concatenate([before, tokens], -1)
-    slots = self.slots(row)[..., row.shape[-1] - tokens.shape[-1]:]
-    return self._words(sight, tokens, slots)
+    return self._words(sight, tokens, self.slots(tokens, before))
 
-  def slots(self, tokens: jax.Array) -> jax.Array:
-    """As Student.slots."""
-    return mention_slots(tokens, self.opens_bracket[...], self.digit[...], self.config.max_regions)
+  def slots(self, tokens: jax.Array, before: jax.Array | None = None) -> jax.Array:
+    """As Student.slots; before: as in `words`."""
+    return mention_slots(tokens, self.opens_bracket[...], self.digit[...], self.config.max_regions, before)
 
   def _words(self, sight: Sight, tokens: jax.Array, slots: jax.Array) -> jax.Array:
     x = self.decoder.embed(tokens)
@@ -176,38 +163,36 @@ class GenerativeStudent(nnx.Module):
     words = self.words(sight, prompt[:, None, :taken])[:, 0]
     rows = jnp.concatenate([image.astype(words.dtype), words], 1)
     present = jnp.ones(image.shape[:2], bool, out_sharding=ACT_B)
-    memory = self.decoder.read(rows, jnp.concatenate([present, real[:, :taken]], 1))
-    last = prompt[:, -1] if own is None else jnp.full_like(prompt[:, -1], own)
-    before = prompt[:, -2] if own is None and prompt.shape[1] > 1 else jnp.zeros_like(last)
-    counted = prompt if own is None else last[:, None]  # as transformers counts repetitions
-    seen = jax.nn.one_hot(counted, self.decoder.words.shape[0], dtype=bool).any(1)
-    return Prompted(memory, last, before, seen)
+    present = jnp.concatenate([present, real[:, :taken]], 1)
+    if own is not None:  # an encoder counts distances: no padding may part the queries from the words
+      order = jnp.argsort(~present, 1, stable=True)
+      rows = jnp.take_along_axis(rows, order[..., None], 1)
+      present = jnp.take_along_axis(present, order, 1)
+    memory = self.decoder.read(rows, present)
+    # What an encoder reads is no repetition, as transformers counts them.
+    stream = prompt if own is None else jnp.full_like(prompt[:, :1], own)
+    return prompted(memory, stream, self.decoder.words.shape[0])
 
-  def likelihoods(self, sight: Sight, prompted: Prompted, tokens: jax.Array) -> jax.Array:
+  def likelihoods(self, sight: Sight, prompts: Prompted, tokens: jax.Array) -> jax.Array:
     """log P(token | prompt and the tokens before it): int32[B, S, T] -> float32[B, S, T].
 
     All S texts of an image continue its prompt, which is read once.
     """
-    first = jnp.broadcast_to(prompted.first[:, None, None], (*tokens.shape[:2], 1), out_sharding=ACT_B)
-    before = jnp.broadcast_to(prompted.before[:, None, None], first.shape, out_sharding=ACT_B)
+    first = jnp.broadcast_to(prompts.first[:, None, None], (*tokens.shape[:2], 1), out_sharding=ACT_B)
+    before = jnp.broadcast_to(prompts.before[:, None, None], first.shape, out_sharding=ACT_B)
     row = jnp.concatenate([first, tokens[..., :-1]], -1)
-    states, _ = self.decoder.write(prompted.memory, self.words(sight, row, before))
+    states, _ = self.decoder.write(prompts.memory, self.words(sight, row, before))
     scores = jax.nn.log_softmax(self.decoder.logits(states))
     return jnp.take_along_axis(scores, tokens[..., None], -1)[..., 0]
 
-  def generate(self, sight: Sight, prompted: Prompted, decoding: Decoding, key=None) -> Generated:
+  def generate(self, sight: Sight, prompts: Prompted, decoding: Decoding, key=None) -> Generated:
     """Writes one text after each prompt."""
-    memory, first, before, seen = prompted
-
     def write(cache: Cache, tokens, before, place, lineage) -> tuple[jax.Array, Any]:
       x = self.words(sight, tokens[..., None], before[..., None])
-      states, cache = self.decoder.write(memory, x, cache, place, lineage)
+      states, cache = self.decoder.write(prompts.memory, x, cache, place, lineage)
       return self.decoder.logits(states)[:, :, 0], cache
-    rows = (first.shape[0], decoding.beams)
-    spread = lambda x: jnp.broadcast_to(x[:, None], rows, out_sharding=ACT_B)
-    cache = self.decoder.cache(*rows, 1 + decoding.max_tokens)
-    logits, cache = write(cache, spread(first), spread(before), 0, None)
-    return generate(write, Start(logits, cache, 1, first, seen), decoding, key)
+    cache = self.decoder.cache(prompts.first.shape[0], decoding.beams, 1 + decoding.max_tokens)
+    return generate_after(write, cache, prompts, decoding, key)
 
 
 def shifted(rows: jax.Array, by: jax.Array, fill) -> jax.Array:

@@ -18,11 +18,6 @@ REMAT_POLICIES = {
     "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
 }  # and "none": save everything
 
-ACTIVATIONS = {
-    "gelu": functools.partial(jax.nn.gelu, approximate=False),  # BERT, ViT
-    "quick_gelu": lambda x: x * jax.nn.sigmoid(1.702 * x),      # CLIP
-}
-
 MASKED = float(jnp.finfo(jnp.float32).min)
 
 
@@ -81,6 +76,21 @@ def rms_norm(x: jax.Array, eps: float = 1e-6) -> jax.Array:
   """x / sqrt(mean(x^2) + eps) over the last axis, in float32 (Zhang & Sennrich 2019, no scale)."""
   x = x.astype(jnp.float32)
   return x * jax.lax.rsqrt(jnp.mean(x * x, axis=-1, keepdims=True) + eps)
+
+
+def gelu(x: jax.Array) -> jax.Array:
+  """x (1 + erf(x / sqrt 2)) / 2 (Hendrycks & Gimpel 2016), computed in float32.
+
+  Written with erf as PyTorch does: the erfc of `jax.nn.gelu` is three times slower on CPUs.
+  """
+  wide = x.astype(jnp.float32)
+  return (0.5 * wide * (1 + jax.lax.erf(wide * math.sqrt(0.5)))).astype(x.dtype)
+
+
+ACTIVATIONS = {
+    "gelu": gelu,                                           # BERT, ViT
+    "quick_gelu": lambda x: x * jax.nn.sigmoid(1.702 * x),  # CLIP
+}
 
 
 class Mlp(nnx.Module):

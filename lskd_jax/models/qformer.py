@@ -8,7 +8,8 @@ own for queries and for text, and cross-attention to the image for query rows in
            self-attention keys and values (the cache of the causal pass)
   text     text alone, bidirectional
   fused    queries and text see each other, queries see the image
-  causal   text sees the cached queries and the text before it
+  causal   text sees the cached queries and the text before it; also token by token, after a prompt
+           (`read_prompt`, `write`)
 
 Several texts of one image share everything of the image: cross-attention keys and values are
 computed once per image and pass. Axes: B images, S texts of an image, T tokens, Q queries,
@@ -22,6 +23,8 @@ import jax
 import jax.numpy as jnp
 
 from lskd_jax.models import layers
+from lskd_jax.models.decoders import attention
+from lskd_jax.models.decoders.attention import Cache, Memory, Source
 from lskd_jax.parallel import ACT_B, ACT_BSTHK, ACT_BTHK, REPLICATED, W_DHK, W_HKD, W_VD
 
 
@@ -166,6 +169,18 @@ class Block(nnx.Module):
       text = self.text_forward(x[:, :, split:], layers.fold_in(key, 3), self.rate)
     return queries, text, keys_values
 
+  def write(self, text, memory: Source, own):
+    """Text that sees the prompt's entry of the block and itself, as decoders write it.
+
+    text: [B, S, T, D]; own: (keys, values) [B, S, h, T, k] -> Source, cache. Returns text, cache.
+    """
+    part = self.attention
+    q, k, v = (attention.split_heads(dense, text) for dense in (part.query, part.key, part.value))
+    source, cache = own(k, v)
+    seen = attention.attend(q, [memory, source], q.shape[-1]**-0.5)
+    text = _add_and_norm(text, part.out(seen.swapaxes(2, 3)), part.norm)
+    return self.text_forward(text, None, 0.0), cache
+
 
 class Group(nnx.Module):
   """A block with cross-attention and the `cross_every - 1` blocks after it: what the stack scans."""
@@ -203,10 +218,14 @@ class QFormer(nnx.Module):
                               config.depth // config.cross_every, rngs,
                               remat=config.remat, scan=config.scan)
 
-  def embed_text(self, tokens: jax.Array, mention=None) -> jax.Array:
-    """Word + position (+ mention vector, site T): int32[B, S, T], [B, S, T, D] -> [B, S, T, D]."""
+  def embed_text(self, tokens: jax.Array, mention=None, places=None) -> jax.Array:
+    """Word + position (+ mention vector, site T): int32[B, S, T], [B, S, T, D] -> [B, S, T, D].
+
+    places: int32[B, S, T], the tokens' positions; None = from 0 on.
+    """
     x = self.words.at[tokens].get(out_sharding=ACT_B)
-    x = x + self.positions[:tokens.shape[-1]]
+    x = x + (self.positions[:tokens.shape[-1]] if places is None else
+             self.positions.at[places].get(out_sharding=ACT_B))
     x = x if mention is None else x + mention.astype(x.dtype)
     return self.norm(x).astype(self.dtype)
 
@@ -262,3 +281,57 @@ class QFormer(nnx.Module):
     seen = jnp.ones((size, self.config.queries), bool)
     mask = jnp.concatenate([seen, jnp.tril(jnp.ones((size, size), bool))], -1)[None, None, None]
     return self._run(None, self.embed_text(tokens, mention), mask, caches, None, key)[1]
+
+  # --- the causal pass token by token: a prompt, then what is written after it ---------------------
+
+  def read_prompt(self, caches, tokens, mention, real) -> Memory:
+    """What the continuations of prompts see: the cached queries, and the prompts.
+
+    Args:
+      caches: as `query_pass` returned them. tokens: int32[B, P], padded on the left.
+      mention: [B, P, D] or None. real: bool[B, P], False = padding.
+    """
+    batch, size = tokens.shape
+    places = jnp.maximum(jnp.cumsum(real, -1) - 1, 0)
+    queries = jnp.ones((batch, self.config.queries), bool, out_sharding=ACT_B)
+    causal = jnp.tril(jnp.ones((size, size), bool)) & real[:, None]
+    mask = jnp.concatenate([jnp.broadcast_to(queries[:, None], (batch, size, queries.shape[1]),
+                                             out_sharding=ACT_B), causal], -1)[:, None, None]
+    text = self.embed_text(tokens[:, None], None if mention is None else mention[:, None],
+                           places[:, None])
+    own = self._run(None, text, mask, caches, None, None)[2]
+
+    def join(cached, written):  # [G, E, B, Q, h, k], [G, E, B, 1, P, h, k] -> [G, E, B, h, Q + P, k]
+      return jnp.concatenate([cached, written[:, :, :, 0]], 3).swapaxes(3, 4)
+    return Memory(*map(join, caches, own), jnp.concatenate([queries, real], -1))
+
+  def cache(self, batch: int, rows: int, places: int) -> Cache:
+    """An empty cache for `write`."""
+    size = self.config
+    return attention.empty_cache(size.depth, batch, size.heads, places, rows,
+                                 size.width // size.heads, self.dtype)
+
+  def write(self, memory: Memory, tokens, mention, cache: Cache, at, lineage=None):
+    """The next T tokens of S continuations of each prompt.
+
+    Args:
+      tokens: int32[B, S, T]; mention: [B, S, T, D] or None.
+      cache, at, lineage: as `attention.own_source` takes them.
+
+    Returns:
+      states [B, S, T, D] and the cache.
+    """
+    places = memory.real.sum(-1)[:, None, None] - self.config.queries + at
+    places = jnp.broadcast_to(places + jnp.arange(tokens.shape[2]), tokens.shape, out_sharding=ACT_B)
+    mask = memory.real[:, None, None, None, :]
+
+    def apply(group, carry, inputs):
+      x, cache, layer = carry
+      for i, block in enumerate(group.blocks):
+        own = lambda k, v, layer=layer + i: attention.own_source(k, v, None, cache, layer, at, lineage)
+        keys, values = (a[i] for a in inputs)
+        x, cache = block.write(x, Source(keys, values, mask), own)
+      return (x, cache, layer + len(group.blocks)), None
+    start = (self.embed_text(tokens, mention, places), cache, jnp.zeros((), jnp.int32))
+    (x, cache, _), _ = self.stack(apply, start, (memory.keys, memory.values))
+    return x, cache

@@ -72,18 +72,22 @@ def encode_boxes(boxes: jax.Array) -> jax.Array:
 
 
 def mention_slots(tokens: jax.Array, opens_bracket: jax.Array, digit: jax.Array,
-                  max_regions: int | None = None) -> jax.Array:
+                  max_regions: int | None = None, before: jax.Array | None = None) -> jax.Array:
   """The slot each token mentions, or -1: int32[B, S, T] -> int32[B, S, T].
 
   A token mentions slot k if it is the digit k and the token before it ends in "[", or if it holds
   the bracket itself. Both tables come from a scan of the tokenizer's vocabulary: bool[V] and
   int32[V] (-1 = no digit, max_regions + k = a piece such as "[k]"). `max_regions` None: the
-  vocabulary has no such pieces (WordPiece never has).
+  vocabulary has no such pieces (WordPiece never has). before: int32[B, S, 1], the tokens before the
+  rows; None = nothing that opens a mention.
   """
   spec = jax.typeof(tokens).sharding.spec
-  before = jnp.pad(tokens, ((0, 0), (0, 0), (1, 0)))[..., :-1]
-  opened = opens_bracket.at[before].get(out_sharding=spec)
-  opened = opened & (jnp.arange(tokens.shape[-1]) > 0)
+  if before is None:
+    previous = jnp.pad(tokens, ((0, 0), (0, 0), (1, 0)))[..., :-1]
+  else:
+    previous = jnp.concatenate([before, tokens[..., :-1]], -1)
+  opened = opens_bracket.at[previous].get(out_sharding=spec)
+  opened = opened if before is not None else opened & (jnp.arange(tokens.shape[-1]) > 0)
   number = digit.at[tokens].get(out_sharding=spec)
   slots = jnp.where(opened, number, -1)
   return slots if max_regions is None else jnp.where(number >= max_regions, number - max_regions,

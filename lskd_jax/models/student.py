@@ -11,6 +11,8 @@ import jax
 import jax.numpy as jnp
 
 from lskd_jax.models import layers
+from lskd_jax.models.decoders.attention import Cache
+from lskd_jax.models.generate import Decoding, Generated, Prompted, generate_after, prompted
 from lskd_jax.models.qformer import ImageMemory, QFormer, QFormerConfig
 from lskd_jax.models.regions import ROI, RegionEncoder, at_mentions, coverage, mention_slots
 from lskd_jax.models.vit import Vit, VitConfig
@@ -78,7 +80,7 @@ class LanguageHead(nnx.Module):
 
   def __call__(self, x: jax.Array, words: jax.Array) -> jax.Array:
     """[B, S, T, D], [V, D] -> float32[B, S, T, V]."""
-    x = self.norm(jax.nn.gelu(self.dense(x), approximate=False))
+    x = self.norm(layers.gelu(self.dense(x)))
     logits = jnp.einsum("bstd,vd->bstv", x.astype(self.dense.dtype),
                         words.astype(self.dense.dtype), out_sharding=ACT_B,
                         preferred_element_type=jnp.float32)
@@ -109,10 +111,10 @@ class Student(nnx.Module):
     self.opens_bracket = Table(jnp.asarray(opens_bracket, bool))
     self.digit = Table(jnp.asarray(digit, jnp.int32))
 
-  def slots(self, tokens: jax.Array) -> jax.Array:
-    """The slot every token mentions, -1 for none: int32[B, S, T]."""
+  def slots(self, tokens: jax.Array, before: jax.Array | None = None) -> jax.Array:
+    """The slot every token mentions, -1 for none: int32[B, S, T]; `before` as in mention_slots."""
     return mention_slots(tokens, self.opens_bracket[...], self.digit[...],
-                         self.config.max_regions)
+                         self.config.max_regions, before)
 
   def see(self, features: jax.Array, boxes: jax.Array, valid: jax.Array) -> Sight:
     """Image and regions -> what all passes share.
@@ -163,14 +165,38 @@ class Student(nnx.Module):
     states = self.qformer.causal_pass(cache, started, self._mention(sight, tokens), key)
     return self.language_head(states, self.qformer.words[...])
 
+  def read(self, sight: Sight, cache, prompt: jax.Array, real: jax.Array) -> Prompted:
+    """One prompt for each image, for `generate`.
+
+    Args:
+      cache: from `read_image`.
+      prompt: int32[B, P], `config.decoder_start` and words, padded on the left: its last column is
+        real. real: bool[B, P].
+    """
+    taken = prompt[:, None, :-1]
+    mention = self._mention(sight, taken)
+    memory = self.qformer.read_prompt(cache, taken[:, 0], None if mention is None else mention[:, 0],
+                                      real[:, :-1])
+    return prompted(memory, prompt, self.config.qformer.vocabulary)
+
+  def generate(self, sight: Sight, prompts: Prompted, decoding: Decoding, key=None) -> Generated:
+    """Writes one text after each prompt, with the causal pass token by token."""
+    def write(cache: Cache, tokens, before, place, lineage) -> tuple[jax.Array, Any]:
+      tokens = tokens[..., None]
+      mention = self._mention(sight, tokens, before[..., None])
+      states, cache = self.qformer.write(prompts.memory, tokens, mention, cache, place, lineage)
+      return self.language_head(states, self.qformer.words[...])[:, :, 0], cache
+    cache = self.qformer.cache(prompts.first.shape[0], decoding.beams, 1 + decoding.max_tokens)
+    return generate_after(write, cache, prompts, decoding, key)
+
   def temperature(self) -> jax.Array:
     """ITC's temperature; learned in log space, so it cannot reach zero, and clipped to [0.01, 0.5]."""
     return jnp.clip(jnp.exp(self.log_temperature[...]), 0.01, 0.5)
 
-  def _mention(self, sight: Sight, tokens: jax.Array):
+  def _mention(self, sight: Sight, tokens: jax.Array, before: jax.Array | None = None):
     if sight.mention is None:
       return None
-    return at_mentions(self.slots(tokens), sight.mention)
+    return at_mentions(self.slots(tokens, before), sight.mention)
 
 
 def _unit(x: jax.Array) -> jax.Array:

@@ -4,7 +4,8 @@ import re
 
 import numpy as np
 import pytest
-from tokenizers import Regex, Tokenizer, models, pre_tokenizers
+from tokenizers import Regex, Tokenizer, models, pre_tokenizers, trainers
+from transformers import GPT2Tokenizer
 
 from data_pipeline.records import DataError
 from data_pipeline.tokenizer import (
@@ -15,6 +16,7 @@ from data_pipeline.tokenizer import (
   resolve_mentions,
   train_tokenizer,
 )
+from tests.data_pipeline.tiny_tokenizers import opt_tokenizer, t5_tokenizer
 
 TEXTS = [
   f"question: why does [{i}] hold the {thing}? answer: [{i}] is a {job}. rationale: it is {place}."
@@ -82,7 +84,7 @@ def test_a_special_token_spelt_in_a_text_is_only_text(folder):
 
 
 def test_what_cannot_be_read_is_one_clear_error(tmp_path):
-  with pytest.raises(DataError, match="no tokenizer.json and no vocab.txt"):
+  with pytest.raises(DataError, match="no tokenizer.json, no vocab.txt"):
     load_tokenizer(tmp_path)
   (tmp_path / "tokenizer.json").write_text("{half")
   with pytest.raises(DataError, match="copy it again"):
@@ -96,7 +98,7 @@ def test_what_cannot_be_read_is_one_clear_error(tmp_path):
 # ---- mentions ----
 
 
-@pytest.mark.parametrize(
+POINTING = pytest.mark.parametrize(
   ("text", "slots"),
   [
     ("[0][1]", [0, 1]),
@@ -108,6 +110,7 @@ def test_what_cannot_be_read_is_one_clear_error(tmp_path):
     ("[99] is beyond the slots", []),
   ],
 )
+@POINTING
 def test_mentions_are_found_from_the_tokens(folder, text, slots):
   tokenizer = load_tokenizer(folder)
   tables = mention_tables(tokenizer, max_regions=16)
@@ -152,3 +155,72 @@ def test_a_piece_with_two_mentions_is_refused():
 def test_a_number_of_two_tokens_is_refused():
   with pytest.raises(DataError, match="splits the number 10"):
     mention_tables(_with_pieces(), max_regions=11)
+
+
+# ---- the tokenizers of decoders ----
+
+
+@pytest.fixture(scope="module")
+def decoders(tmp_path_factory):
+  out = tmp_path_factory.mktemp("decoders")
+  return {"opt": opt_tokenizer(out / "opt"), "t5": t5_tokenizer(out / "t5")}
+
+
+@pytest.mark.parametrize("kind", ["opt", "t5"])
+def test_a_decoders_tokens_are_those_of_transformers(decoders, kind):
+  """Also the start of every text for OPT, </s> = 2, and its end for T5, </s> = 1."""
+  transformers = pytest.importorskip("transformers")
+  theirs = transformers.AutoTokenizer.from_pretrained(decoders[kind])
+  ours = load_tokenizer(decoders[kind])
+  for text in ["question: who is [0]? answer: [1][2], ([3]).", " the  odd\n[0]", "é [0]'s", "", "]["]:
+    assert ours.encode(text).ids == theirs(text).input_ids
+    assert encode(ours, text) == theirs(text, add_special_tokens=False).input_ids
+    assert ours.decode(ours.encode(text).ids) == theirs.decode(theirs(text).input_ids,
+                                                               skip_special_tokens=True)
+  start, *_, end = ours.encode("a chef").ids
+  assert (start if kind == "opt" else end) == {"opt": 2, "t5": 1}[kind]
+
+
+@pytest.mark.parametrize(("kind", "regions"), [("opt", 16), ("t5", 6)])
+@POINTING
+def test_a_decoders_mentions_are_found_from_its_tokens(decoders, kind, regions, text, slots):
+  """Byte-level BPE joins "][" and "],", Unigram even "[0]" and "1]"; both mark spaces."""
+  if "[11]" in text and regions <= 11:
+    pytest.skip("as many regions cannot be pointed at")
+  tokenizer = load_tokenizer(decoders[kind])
+  tables = mention_tables(tokenizer, regions)
+  found = resolve_mentions(np.array(encode(tokenizer, text)), *tables, max_regions=regions)
+  assert found[found >= 0].tolist() == slots
+
+
+def test_the_pieces_that_open_a_mention_or_hold_one(decoders):
+  tokenizer = load_tokenizer(decoders["opt"])
+  opens_bracket, digit = mention_tables(tokenizer, max_regions=4)
+  pieces = {tokenizer.id_to_token(i) for i in np.flatnonzero(opens_bracket)}
+  assert {"[", "Ġ[", "][", "Ġ(["} <= pieces
+  assert {tokenizer.id_to_token(i) for i in np.flatnonzero(digit >= 0)} == set("0123")
+  tokenizer = load_tokenizer(decoders["t5"])
+  opens_bracket, digit = mention_tables(tokenizer, max_regions=4)
+  values = {tokenizer.id_to_token(i): int(digit[i]) for i in np.flatnonzero(digit >= 0)}
+  assert (values["0"], values["▁[0]"], values["▁[1"], values["2]"]) == (0, 4, 5, 2)
+
+
+def test_a_decoder_that_splits_numbers_has_as_many_regions_as_it_does_not(decoders):
+  with pytest.raises(DataError, match=r"splits the number 10, so \[10\] cannot be pointed at; .*<= 10"):
+    mention_tables(load_tokenizer(decoders["t5"]), max_regions=16)
+
+
+def test_a_stock_opt_folder_reads_as_transformers_reads_it(tmp_path):
+  """vocab.json and merges.txt, as GPT-2 and OPT are published."""
+  trained = Tokenizer(models.BPE())
+  trained.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+  trained.train_from_iterator(TEXTS, trainers.BpeTrainer(
+    vocab_size=400, special_tokens=["<s>", "<pad>", "</s>", "<unk>"], show_progress=False,
+    initial_alphabet=pre_tokenizers.ByteLevel.alphabet()))
+  trained.model.save(str(tmp_path))
+  ours, theirs = load_tokenizer(tmp_path), GPT2Tokenizer.from_pretrained(str(tmp_path))
+  for text in (*TEXTS, "what is [0]?", " [1][2], a\n[3].", "naïve \u2603"):
+    ids = encode(ours, text)
+    assert ids == theirs(text).input_ids
+    assert ours.decode(ids) == text
+  assert ours.decode([ours.token_to_id("</s>")]) == ""

@@ -15,13 +15,13 @@ from data_pipeline import choices, stages
 from data_pipeline.corpus import open_corpus
 from data_pipeline.sources import scenes
 from lskd_jax import cli
-from lskd_jax.convert.student import Imported
+from lskd_jax.convert.model_directory import Imported
 from lskd_jax.train import Run
 from lskd_jax.trees import read_manifest
 from tests.lskd_jax.tiny_models import OVERRIDES, make_model
 
 ROOT = Path(__file__).resolve().parents[2]
-VERBS = ["demo", "train", "eval", "score", "import", "export", *(f"corpus {stage}" for stage in (
+VERBS = ["demo", "train", "eval", "score", "ask", "import", "export", *(f"corpus {stage}" for stage in (
   "verbalize", "teach", "judge", "score", "filter", "build", "report", "publish"))]
 
 
@@ -263,6 +263,37 @@ def test_pointing_prints_one_line_of_json_for_each_text(road, capsys):
   lines = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
   assert [set(line) for line in lines] == [{"text", "itm", "itc", "lm"}] * 2
   assert lines[1]["text"] == "a sunny beach"
+
+
+@pytest.mark.parametrize("kind", ["student", "opt", "t5"])
+def test_asking_prints_one_line_of_json_for_each_question(road, kind, tmp_path, capsys):
+  model = make_model(tmp_path / "model", kind)
+  picture = ["--image", road / "words" / "images" / "scenes" / "0-000000.png", "--model", model]
+  short = ["--max-tokens", "4", "--beams", "2", "--length-penalty", "1"]
+  capsys.readouterr()
+  lskd("ask", *picture, "--region", "0,0,32,48", "--question", "who is [0]?", "--question", "is it late?",
+       *short)
+  lines = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+  assert [list(line) for line in lines] == [["question", "answer"]] * 2
+  assert [line["question"] for line in lines] == ["who is [0]?", "is it late?"]
+  lskd("ask", *picture, "--caption", *short)
+  line, = capsys.readouterr().out.splitlines()
+  assert list(json.loads(line)) == ["caption"]
+  for words, error in ((["--question", "who is [0]?"], "mentions [0], but no region is given"),
+                       (["--region", "0,0,9,9999", "--question", "who?"], "reaches outside the"),
+                       (["--question", "who?", "--min-tokens", "40"], "min_tokens=40: want from 0")):
+    assert cli.main(["ask", *map(str, picture), *words]) == 1
+    said = capsys.readouterr().err
+    assert error in said and said.startswith("lskd: error: ") and said.count("\n") == 1
+
+
+@pytest.mark.parametrize("words", [
+  ["--question", "who?", "--caption"], [], ["--caption", "--prompt", "{question}"],
+  ["--question", "who?", "--temperature", "hot"], ["--question", "who?", "--beams", "0"]])
+def test_a_question_or_a_caption_is_asked_for(words, capsys):
+  with pytest.raises(SystemExit) as caught:
+    cli.main(["ask", "--model", "m", "--image", "i.png", *words])
+  assert caught.value.code == 2
 
 
 def test_training_finds_the_pictures_of_a_stage_folder(road, monkeypatch, tmp_path):

@@ -201,7 +201,7 @@ def lose_a_shard(folder):
      r"unknown: vision_model.encoder.layers.1"),
     (lambda folder: edit_config(folder, "qformer_config", "intermediate_size", value=31),
      r"of another shape: .*intermediate.dense.weight \(32x16, the config says 31x16\)"),
-    (lambda folder: (folder / "tokenizer.json").unlink(), "has no tokenizer.json and no vocab.txt"),
+    (lambda folder: (folder / "tokenizer.json").unlink(), "has no tokenizer.json, no vocab.txt"),
 ])
 def test_a_damaged_source_is_one_line_and_nothing_is_written(saved, tmp_path, damage, error):
   folder = saved[1]

@@ -238,7 +238,7 @@ class Payload:
     (lambda state: {"a": torch.zeros(2)}, "holds no ViT"),
     (lambda state: {key: v for key, v in state.items() if key != "query_tokens"},
      "missing: query_tokens"),
-    (lambda state: state | {"opt_proj.weight": torch.zeros(1)}, "unknown: opt_proj.weight"),
+    (lambda state: state | {"odd_proj.weight": torch.zeros(1)}, "unknown: odd_proj.weight"),
 ])
 def test_what_is_no_stage_1_model_is_one_line(made, tmp_path, content, error, capfd):
   torch.save(content(made[1]), tmp_path / "bad.pth")

@@ -115,7 +115,8 @@ def torch_itc(image, text, temperature, ids, valid, smoothing):
 
 
 def contrast(image, text, temperature, ids, valid):
-  return losses.itc_loss(losses.similarity(image, text), ids, valid, temperature, 0.1).mean()
+  scores = losses.similarity(image, text)
+  return losses.itc_loss(scores, scores, ids, valid, temperature, 0.1).mean()
 
 
 jitted_contrast = jax.jit(jax.value_and_grad(contrast, argnums=(0, 1, 2)))
@@ -163,7 +164,7 @@ def test_the_statements_of_an_image_are_all_its_positives():
   image, text = embeddings(2)
   ids, valid = np.arange(5, dtype=np.int32), np.ones((5, 2), bool)
   scores = np.array(losses.similarity(*on_mesh(i=image, t=text)))
-  jitted = jax.jit(lambda *a: losses.itc_loss(*a, 0.2, 0.0))
+  jitted = jax.jit(lambda scores, *a: losses.itc_loss(scores, scores, *a, 0.2, 0.0))
 
   def each(scores):
     """The loss of each of image 0's statements alone."""
@@ -288,9 +289,13 @@ def rows():
 def jitted_itm(batch, scores, keys, region_mode, region_swap):
   stub = Stub(region_mode)
   sight = stub.see(batch["features"], batch["boxes"], batch["region_valid"])
-  found = losses.itm_rows(stub, batch["features"], batch, sight, scores,
+  negatives = losses.draw_negatives(stub, batch, scores, keys[1], keys[3])
+  found = losses.itm_rows(stub, batch["features"], batch, sight, negatives,
                           {"region_swap": region_swap}, keys)
-  return found, dict(zip(found, stub.pairs))
+  (sight, tokens, logits), other_image, *swapped = stub.pairs  # own and other texts share a pass
+  own, other_text = ((sight, tokens[:, part], logits[:, part])
+                     for part in (slice(0, TEXTS), slice(TEXTS, 2 * TEXTS)))
+  return found, dict(zip(ORDER, (own, other_image, other_text, *swapped)))
 
 
 def run_itm(rows, scores, seed=0, region_mode="tokens", region_swap=1.0):
@@ -418,7 +423,7 @@ def test_region_swaps_are_for_students_that_see_region_tokens(rows):
     ({"itc": 0.5, "itm": 0, "lm": 1}, {"itc", "lm"}),
     ({"itc": 0, "itm": 1, "lm": 0}, {"itm"})])
 def test_a_weight_of_zero_leaves_a_loss_out(weights, expected):
-  weights = weights | {"region_swap": 1, "question": 1, "smoothing": 0.1}
+  weights = tiny.LOSS | weights
   found, metrics = jax.eval_shape(
       lambda student, batch: losses.student_loss(student, batch, weights, jax.random.key(0)),
       tiny.student(), put(tiny.batch()))

@@ -5,14 +5,14 @@ import pytest
 from transformers.models.blip.image_processing_pil_blip import BlipImageProcessorPil
 
 from data_pipeline import images
-from lskd_jax.convert import hf
+from lskd_jax.convert import hf_configs
 from lskd_jax.models.student import StudentConfig
 from lskd_jax.models.vit import PIXEL_MEAN, PIXEL_STD, VitConfig
 
 
 def difference(path, side):
   """The largest difference of normalised pixels, by our own export's processor settings."""
-  settings = hf.image_processor(StudentConfig(vit=VitConfig(image_size=side)))
+  settings = hf_configs.image_processor(StudentConfig(vit=VitConfig(image_size=side)))
   settings.pop("image_processor_type")
   with Image.open(path) as image:
     want = BlipImageProcessorPil(**settings)(image, return_tensors="np")["pixel_values"][0]

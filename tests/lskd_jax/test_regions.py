@@ -133,7 +133,7 @@ def jitted_gradients(student, batch):
   graph, params, rest = tiny.parts(student, "regions", "gate")
 
   def loss(params):
-    weights = {"lm": 1.0, "itc": 1.0, "itm": 0.0, "question": 1.0, "smoothing": 0.1}
+    weights = tiny.LOSS | {"itm": 0.0, "smoothing": 0.1}
     found, _ = losses.student_loss(nnx.merge(graph, params, rest), batch, weights, None)
     return sum(value.mean() for value in found.values())
   return jax.grad(loss)(params)
@@ -225,7 +225,7 @@ def test_text_features_in_the_loss_do_not_depend_on_images_or_boxes(monkeypatch)
 
   @jax.jit
   def text_features(model, batch):
-    weights = {"lm": 0.0, "itc": 1.0, "itm": 0.0, "smoothing": 0.1}
+    weights = tiny.LOSS | {"lm": 0.0, "itm": 0.0, "smoothing": 0.1}
     loss = losses.student_loss(model, batch, weights, None)[0]["itc"].mean()
     return loss, seen.pop()
   rows, other = batch_with_features(), batch_with_features(1)

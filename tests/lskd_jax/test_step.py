@@ -70,12 +70,15 @@ def test_one_batch_can_be_learnt_by_heart(trained):
   """Words, matches, other images, other texts and swapped regions.
 
   Seven images have two statements each, and which of the two is asked for nobody can know: ln 2
-  for each of those 14, spread over all words, is the least that LM can be.
+  for each of those 14, spread over all words, is the least that LM can be, and the word where they part
+  may be guessed wrong.
   """
   last = {name: np.mean(values[-10:]) for name, values in trained.metrics.items()}
   least = 14 * np.log(2) / (trained.rows["fields"] > 0).sum()
   assert least < last["lm"] < least + 0.05 and last["itm"] < 0.02
-  assert last["answer_words_right"] == 1
+  tokens, answers = trained.rows["tokens"][:7], trained.rows["fields"] == losses.ANSWER
+  unknown = answers[np.arange(7), :, (tokens[:, 0] != tokens[:, 1]).argmax(-1)].sum()
+  assert last["answer_words_right"] >= 1 - unknown / answers.sum()
   for kind in ("match", "other_image", "other_text", "region_swap"):
     assert last[f"itm_{kind}_right"] == 1
   assert trained.metrics["itm"][0] > 0.5 and trained.metrics["lm"][0] > 2

@@ -187,8 +187,6 @@ def test_scores_are_the_likelihoods_of_continued_prompts(student, kind):
   ends = [tiny.SEP] * (kind == "t5")  # T5 reads prompts that end
   prompts = [row[:at].tolist() + ends for row, at in zip(rows["tokens"][:, 0], first)]
   prompt, real = left_padded(prompts, tiny.PAD)
-  if kind == "t5":  # pads on the right: how far words are from the queries matters to it
-    prompt, real = (np.flip(rows, 1) for rows in left_padded([row[::-1] for row in prompts], tiny.PAD))
   rest = np.stack([np.append(row[at:], [tiny.PAD] * at) for row, at in zip(rows["tokens"][:, 0], first)])
 
   @jax.jit

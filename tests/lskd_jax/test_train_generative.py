@@ -6,6 +6,7 @@ few steps that start from their ViT and decoder, as a user would make them.
 import dataclasses
 import json
 
+from flax import nnx
 import jax
 from ml_collections import ConfigDict
 import numpy as np
@@ -14,18 +15,24 @@ import pytest
 from data_pipeline import choices, corpus_stages, stages
 from data_pipeline.corpus import corpus_of
 from data_pipeline.records import DataError
+from data_pipeline.texts import text_encoder
 from data_pipeline.tokenizer import load_tokenizer
 from lskd_jax import checkpoint, parallel, scoring
 from lskd_jax.commands import benchmarks
 from lskd_jax.models import build
+from lskd_jax.models.generative import generative_config
 from lskd_jax.train import corpus_texts, sized
 from lskd_jax.trees import named_leaves, read_manifest
 from tests.decoder_tokenizers import train_bpe, train_unigram
+from tests.lskd_jax import tiny
 from tests.lskd_jax.test_train import KilledError, assert_same_run, logged, parameters, run, tiny_config
-from tests.lskd_jax.tiny_models import make_model
 
 STEPS = 40
 OTHER = {"opt": "t5", "t5": "opt"}
+DECODERS = {
+  "opt": dict(width=16, embed=12, depth=1, heads=2, hidden=32, max_tokens=96, scan=False, start=2),
+  "t5": dict(width=16, head=6, depth=1, decoder_depth=1, heads=2, hidden=32, scan=False),
+}
 
 
 @pytest.fixture(scope="module")
@@ -37,9 +44,21 @@ def folder(tmp_path_factory):
   corpus = corpus_of(list(stages.read_records(folder / "taught")), folder / "words" / "images")
   texts = list(corpus_texts(corpus))
   for kind, train in (("opt", train_bpe), ("t5", train_unigram)):
-    train(texts, folder / f"tokenizer {kind}")
-    make_model(folder / kind, "generative", language_model=kind, tokenizer_dir=folder / f"tokenizer {kind}")
+    start_model(folder / kind, kind, train(texts, folder / f"tokenizer {kind}"))
   return folder
+
+
+def start_model(folder, kind, tokenizer):
+  """A model directory of noise, whose decoder has rows to spare for its tokenizer."""
+  text = text_encoder(tokenizer, 64)
+  decoder = dict(vocabulary=tokenizer.get_vocab_size() + 3, pad=text.pad, end=text.end, **DECODERS[kind])
+  config = generative_config(dict(
+    vit=dict(image_size=48, patch=12, width=16, depth=1, heads=2, hidden=32, scan=False),
+    qformer=dict(width=16, depth=1, cross_every=1, heads=2, hidden=32, queries=2, scan=False),
+    max_regions=6, language_model=kind, decoder=decoder))
+  with jax.set_mesh(parallel.make_mesh((1, 1), jax.devices()[:1])):
+    state = nnx.split(tiny.filled(build.maker("generative", config, tokenizer)))[1]
+    build.save(folder, "generative", config, state, folder.parent / f"tokenizer {kind}")
 
 
 def config_of(folder, kind, **groups):
@@ -75,13 +94,19 @@ def trained(folder, kind):
   return folder / "runs" / kind
 
 
-def test_the_loss_falls(trained):
-  """A little, as far as a decoder of noise can be told what to write."""
+@pytest.fixture(scope="module")
+def cached(folder, kind):
+  """The work directory of the same run's first step, on cached features."""
+  config = config_of(folder, kind, data=dict(cache_features=True))
+  config.optim.steps = 1
+  run(config, folder / "runs" / f"cached {kind}")
+  return folder / "runs" / f"cached {kind}"
+
+
+def test_every_step_is_logged(trained):
   lines = logged(trained)
   assert len(lines) == STEPS
   assert all({"loss", "lm", "grad_norm", "answer_words_right"} <= set(line) for line in lines)
-  losses = [line["lm"] for line in lines]
-  assert np.mean(losses[-10:]) < 0.98 * np.mean(losses[:5])
 
 
 def test_vit_and_decoder_stay_bit_for_bit_and_the_rest_learns(folder, kind, trained):
@@ -111,25 +136,23 @@ def test_a_killed_run_goes_on_bit_for_bit(folder, kind, trained):
   assert_same_run(workdir, trained)
 
 
-def test_cached_features_give_the_same_loss(folder, trained, kind):
-  config = config_of(folder, kind, data=dict(cache_features=True))
-  config.optim.steps = 1
-  run(config, folder / "runs" / f"cached {kind}")
-  line, = logged(folder / "runs" / f"cached {kind}")
+def test_cached_features_give_the_same_loss(trained, cached):
+  line, = logged(cached)
   assert line["lm"] == pytest.approx(logged(trained)[0]["lm"], rel=1e-5)
 
 
 # --- what a run leaves, and a run that starts from it --------------------------------------------
 
 
-def test_the_model_directory_scores_statements(folder, kind, trained):
+def test_the_model_directory_scores_statements(folder, cached, trained):
+  """What it was trained on is likelier than after the first step."""
   about = checkpoint.load_config(trained / "model")
   assert about["kind"] == "generative" and about["model"]["prompt"] == "question: {question} answer:"
   records = list(stages.read_records(folder / "taught"))
   corpus = corpus_of(records, folder / "words" / "images")
   with jax.set_mesh(parallel.make_mesh((1, 1), jax.devices()[:1])):
     before, after = (scoring.statement_likelihoods(build.load(model), corpus, progress=False)
-                     for model in (folder / kind, trained / "model"))
+                     for model in (cached / "model", trained / "model"))
   assert set(after) == {s.index for r in records for s in r.statements}
   assert all(item.lowest <= item.mean < 0 and item.tokens > 0 for item in after.values())
   total = lambda found: sum(item.total for item in found.values())

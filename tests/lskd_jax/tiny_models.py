@@ -4,9 +4,11 @@ import jax
 import numpy as np
 
 from data_pipeline import tokenizer as tokenizers
-from data_pipeline.texts import text_encoder
 from lskd_jax import parallel
 from lskd_jax.models import build
+from lskd_jax.models.generative import generative_config
+from lskd_jax.models.student import student_config
+from tests.data_pipeline.tiny_tokenizers import opt_tokenizer, t5_tokenizer
 
 TEXTS = [
   "question: who is [0]? answer: a chef rationale: [0] wears a tall white hat",
@@ -20,12 +22,6 @@ MODEL = {
   "embed": 8, "max_regions": 6,
 }
 
-# What a generative student has besides.
-DECODERS = {
-  "opt": dict(width=16, embed=12, depth=1, heads=2, hidden=32, max_tokens=96, scan=False),
-  "t5": dict(width=16, head=6, depth=1, decoder_depth=1, heads=2, hidden=32, scan=False),
-}
-
 # The same model for `lskd train`, on a config file of the scenes.
 OVERRIDES = [
   "--config.model.vit.image_size=48", "--config.model.vit.width=16", "--config.model.vit.depth=1",
@@ -37,37 +33,52 @@ OVERRIDES = [
 ]
 
 
-def make_model(folder, kind="student", region_mode="tokens", image_size=48, language_model="opt",
-               tokenizer_dir=None):
+# What a decoder adds: its tokenizer, and sizes whose embeddings have rows to spare.
+DECODERS = {
+  "opt": (opt_tokenizer, dict(vocabulary=416, width=16, embed=12, depth=2, heads=2, hidden=32,
+                              max_tokens=96)),
+  "t5": (t5_tokenizer, dict(vocabulary=128, width=16, head=6, heads=2, hidden=32, depth=2,
+                            decoder_depth=2)),
+}
+
+
+def make_model(folder, kind="student", region_mode="tokens", image_size=48, closed=()):
   """Writes a model directory with random weights, region gates included, and returns it.
 
-  tokenizer_dir: by default that of a WordPiece tokenizer, trained here.
+  kind "generative" has OPT for its decoder; "opt" and "t5" say which.
+  closed: last names of parameters left at zero, such as tiny.GATES.
   """
-  if tokenizer_dir is None:
-    tokenizer_dir = folder.parent / "tokenizer"
-    tokenizers.train_tokenizer(TEXTS, tokenizer_dir, 400, 1)
-  tokenizer = tokenizers.load_tokenizer(tokenizer_dir)
-  config = build.run_config(kind, model_of(tokenizer, language_model) | {
-    "vit": {**MODEL["vit"], "image_size": image_size}, "region_mode": region_mode})
+  sizes = {**MODEL, "vit": {**MODEL["vit"], "image_size": image_size}, "region_mode": region_mode}
+  if kind in ("generative", *DECODERS):
+    config = _generative(sizes, "opt" if kind == "generative" else kind, folder.parent / "tokenizer")
+    kind = "generative"
+  else:
+    tokenizer = tokenizers.train_tokenizer(TEXTS, folder.parent / "tokenizer", 400, 1)
+    qformer = {**MODEL["qformer"], "vocabulary": tokenizer.get_vocab_size()}
+    config = student_config({**sizes, "qformer": qformer})
+  tokenizer = tokenizers.load_tokenizer(folder.parent / "tokenizer")
   rng = np.random.default_rng(0)
 
   def random(path, leaf):
-    name = jax.tree_util.keystr(path)
-    # The words of a decoder that has something to say are far apart.
-    values = (1.0 if "decoder" in name and "words" in name else 0.2) * rng.standard_normal(leaf.shape)
+    name = jax.tree_util.keystr(path, simple=True, separator="/").removesuffix("/value")
+    values = 0.2 * rng.standard_normal(leaf.shape)
+    values = 0 * values if name.rsplit("/", 1)[-1] in closed else values
     return np.asarray(values + ("scale" in name), leaf.dtype)
 
   with jax.set_mesh(parallel.make_mesh((1, 1), jax.devices()[:1])):
     make = build.maker(kind, config, tokenizer)
     shapes = nnx.split(nnx.eval_shape(lambda: make(nnx.Rngs(0))))[1].filter(nnx.Param)
-  build.save(folder, kind, config, jax.tree_util.tree_map_with_path(random, shapes), tokenizer_dir)
+  build.save(folder, kind, config, jax.tree_util.tree_map_with_path(random, shapes),
+             folder.parent / "tokenizer")
   return folder
 
 
-def model_of(tokenizer, language_model="opt") -> dict:
-  """MODEL for a tokenizer, as a run's config would have it."""
-  text, size = text_encoder(tokenizer, 64), tokenizer.get_vocab_size()
-  start = text.start[0] if text.start else text.pad
-  decoder = dict(vocabulary=size, pad=text.pad, start=start, end=text.end, **DECODERS[language_model])
-  return {**MODEL, "qformer": {**MODEL["qformer"], "vocabulary": size},
-          "language_model": language_model, "decoder": decoder}
+def _generative(sizes, language_model, tokenizer_dir):
+  make_tokenizer, decoder = DECODERS[language_model]
+  tokenizer = tokenizers.load_tokenizer(make_tokenizer(tokenizer_dir))
+  if language_model == "opt":
+    decoder = {**decoder, "end": tokenizers.encode(tokenizer, "\n")[0]}
+  qformer = {name: value for name, value in sizes["qformer"].items() if name != "max_tokens"}
+  rest = {name: value for name, value in sizes.items() if name not in ("qformer", "embed")}
+  return generative_config({**rest, "qformer": qformer, "language_model": language_model,
+                            "decoder": {**decoder, "scan": False}})

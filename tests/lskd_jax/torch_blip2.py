@@ -6,7 +6,7 @@ import torch
 from transformers import Blip2Config, Blip2ForImageTextRetrieval
 
 from lskd_jax import parallel
-from lskd_jax.convert import student as converted
+from lskd_jax.convert import model_directory
 from lskd_jax.models import build
 from lskd_jax.models.vit import PIXEL_MEAN, PIXEL_STD
 
@@ -39,7 +39,7 @@ def reference(shape, vocabulary):
 
 def save(model, folder, tokenizer_dir, **options):
   model.save_pretrained(folder, **options)
-  for file in converted.tokenizer_files(tokenizer_dir):
+  for file in model_directory.tokenizer_files(tokenizer_dir):
     (folder / file.name).write_bytes(file.read_bytes())
   return folder
 

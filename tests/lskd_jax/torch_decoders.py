@@ -8,6 +8,7 @@ from transformers import OPTConfig, OPTForCausalLM
 
 from lskd_jax import trees
 from lskd_jax.convert import tables
+from lskd_jax.convert.decoders import OPT_IGNORED, opt_table
 from lskd_jax.models.decoders.opt import Opt, OptConfig
 from lskd_jax.models.generate import Start, generate
 from lskd_jax.parallel import ACT_B
@@ -20,7 +21,6 @@ OPT_SHAPES = [(24, 24, 2, 2, 40, True), (15, 15, 3, 3, 33, True), (20, 12, 2, 4,
 
 def opt_pair(shape, vocabulary=61, scan=True, seed=0):
   """(OPTForCausalLM, Opt) with the same random weights."""
-  from lskd_jax.convert.decoders import opt_table
   width, embed, depth, heads, hidden, pre_norm = shape
   model = noise(OPTForCausalLM(OPTConfig(
       vocab_size=vocabulary, hidden_size=width, word_embed_proj_dim=embed, num_hidden_layers=depth,
@@ -29,16 +29,16 @@ def opt_pair(shape, vocabulary=61, scan=True, seed=0):
   config = OptConfig(vocabulary=vocabulary, width=width, embed=embed, depth=depth, heads=heads,
                      hidden=hidden, max_tokens=120, pre_norm=pre_norm, final_norm=pre_norm,
                      scan=scan, end=3)
-  state = model.state_dict()
-  del state["lm_head.weight"]  # tied
-  return model, filled(Opt(config, nnx.Rngs(0)), opt_table(config, "", ""), state)
+  module = Opt(config, nnx.Rngs(0))
+  return model, filled(module, opt_table(config, "", ""), model.state_dict(), OPT_IGNORED)
 
 
-def filled(module: nnx.Module, table: list[tables.Entry], state: dict[str, torch.Tensor]):
+def filled(module: nnx.Module, table: list[tables.Entry], state: dict[str, torch.Tensor], ignored=()):
   """The module with PyTorch's numbers; every key and every leaf must be accounted for."""
   graph, params = nnx.split(module)
   shapes = {name: leaf.shape for name, leaf in trees.named_leaves(params).items()}
-  tables.check(table, {key: tuple(value.shape) for key, value in state.items()}, (), "the reference")
+  tables.check(table, {key: tuple(value.shape) for key, value in state.items()}, ignored,
+               "the reference")
   assert not tables.uncovered(table, shapes)
   leaves = {name: np.zeros(shape, np.float32) for name, shape in shapes.items()}
   for entry in table:

@@ -2,18 +2,17 @@
 import dataclasses
 
 from flax import nnx
-import jax
 import jax.numpy as jnp
 import numpy as np
 import torch
 from transformers import T5Config as TorchConfig, T5ForConditionalGeneration
 
-from lskd_jax import parallel, trees
-from lskd_jax.convert import decoders, tables
+from lskd_jax.convert import decoders
 from lskd_jax.models.decoders.t5 import T5, T5Config
 from tests.lskd_jax.torch_blip2 import noise
+from tests.lskd_jax.torch_decoders import filled
 
-PREFIX, OURS = "language_model.", "decoder/"  # as in a BLIP-2, and in a student
+PREFIX = "language_model."  # as in a BLIP-2
 
 
 def reference(config: T5Config, seed: int = 0) -> T5ForConditionalGeneration:
@@ -31,24 +30,15 @@ def reference(config: T5Config, seed: int = 0) -> T5ForConditionalGeneration:
   return noise(model, seed)
 
 
-def state_dict(model) -> dict[str, np.ndarray]:
-  return {PREFIX + key: value.numpy() for key, value in model.state_dict().items()}
+def state_dict(model) -> dict[str, torch.Tensor]:
+  return {PREFIX + key: value for key, value in model.state_dict().items()}
 
 
 def ours(model, config: T5Config, dtype=jnp.float32, **changes) -> T5:
   """Our T5 with the numbers of theirs, on the mesh in use; `changes` of how it runs."""
-  make = lambda: T5(dataclasses.replace(config, **changes), nnx.Rngs(0), dtype)
-  graph, abstract = nnx.split(nnx.eval_shape(make))
-  named = {OURS + name: leaf for name, leaf in trees.named_leaves(abstract).items()}
-  leaves = {name: np.full(leaf.shape, np.nan, np.float32) for name, leaf in named.items()}
-  tensors = state_dict(model)
-  for entry in decoders.t5_table(config, PREFIX, OURS):
-    part = leaves[entry.ours][(*entry.at, ...)]
-    part[...] = tables.to_ours(entry, tensors[entry.theirs], part.shape)
-  mesh = jax.sharding.get_mesh()
-  placed = [jax.device_put(leaves[name], parallel.sharding_of(leaf, mesh))
-            for name, leaf in named.items()]
-  return nnx.merge(graph, jax.tree.unflatten(jax.tree.structure(abstract), placed))
+  module = T5(dataclasses.replace(config, **changes), nnx.Rngs(0), dtype)
+  table = decoders.t5_table(config, PREFIX, "")
+  return filled(module, table, state_dict(model), decoders.t5_ignored(config, PREFIX))
 
 
 def theirs(model, prompt, real, written) -> tuple[np.ndarray, np.ndarray]:

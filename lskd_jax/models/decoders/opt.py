@@ -4,7 +4,6 @@ As transformers computes it (`OPTForCausalLM`): positions count real tokens, so 
 changes nothing; the head is tied to the word embeddings. Axes as in decoders/attention.py.
 """
 import dataclasses
-import functools
 
 from flax import nnx
 import jax
@@ -16,7 +15,7 @@ from lskd_jax.models.decoders.attention import Cache, Memory, Source
 from lskd_jax.parallel import ACT_B, REPLICATED, W_DF, W_DHK, W_FD, W_HKD, W_VD
 
 OFFSET = 2  # positions start at this row of their table
-ACTIVATIONS = {"relu": jax.nn.relu, "gelu": functools.partial(jax.nn.gelu, approximate=False)}
+ACTIVATIONS = {"relu": jax.nn.relu, "gelu": layers.gelu}
 
 
 @dataclasses.dataclass(frozen=True)

@@ -20,7 +20,7 @@ from lskd_jax.models.decoders.attention import Cache, Memory, Source
 from lskd_jax.parallel import ACT_B, REPLICATED, W_DF, W_DHK, W_FD, W_HKD, W_VD
 
 ACTIVATIONS = {  # by transformers' names, which config.json files use
-    "gelu": functools.partial(jax.nn.gelu, approximate=False),
+    "gelu": layers.gelu,
     "gelu_new": jax.nn.gelu,  # approximated by tanh
     "gelu_pytorch_tanh": jax.nn.gelu,
     "relu": jax.nn.relu,
@@ -200,7 +200,7 @@ class T5(nnx.Module):
 
     Args:
       prompt: [B, P, D], embeddings of tokens or of anything else.
-      real: bool[B, P], False = padding, which may stand anywhere: only differences of positions count.
+      real: bool[B, P], False = padding, at either end: only differences of positions count.
     """
     rows = self.encode(prompt, real)[:, None]
     keys, values = self.decoder.stack.map(lambda block: block.cross.remember(rows))

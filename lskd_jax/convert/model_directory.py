@@ -1,6 +1,7 @@
 """A model directory from tensors of PyTorch, whatever the names they come under."""
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 import dataclasses
+import functools
 from pathlib import Path
 import shutil
 import tempfile
@@ -17,7 +18,9 @@ from lskd_jax.convert import tables
 from lskd_jax.convert.positions import resize_positions
 from lskd_jax.convert.tensors import Tensor
 from lskd_jax.models import build
+from lskd_jax.models.generative import GenerativeConfig
 from lskd_jax.models.student import StudentConfig
+from lskd_jax.streams import Streamed
 from lskd_jax.trees import CheckpointError
 
 POSITIONS = "vit/positions"
@@ -30,18 +33,18 @@ class Imported(NamedTuple):
   kind: str
 
 
-def write_model(kind: str, config: StudentConfig, table: list[tables.Entry],
+def write_model(kind: str, config: StudentConfig | GenerativeConfig, table: list[tables.Entry],
                 found: dict[str, Tensor], out: Path | str, *, tokenizer_dir: Path,
                 own: dict[str, Tensor] | None = None,
                 image_size: int | tuple[int, int] | None = None, seed: int = 0,
                 progress: bool = True) -> Imported:
-  """Fills a model's leaves from PyTorch's tensors and writes its model directory.
+  """Writes the model directory of a model whose leaves are filled from PyTorch's tensors.
 
-  The leaves are files while they are filled, so memory holds a tensor at a time.
+  Every leaf is made while it is written, so memory holds a tensor and a few pieces of leaves.
 
   Args:
-    kind: student or critic.
-    config: of the source; the student's, but for the image size and the start token of its tokenizer.
+    kind: student, generative or critic.
+    config: of the source; the model's, but for the image size and the start token of its tokenizer.
     table, found: what `tables.check` has compared.
     own: whole leaves under our own names.
     image_size: of the student's pictures, px: a side or (height, width); None = as the source.
@@ -49,7 +52,8 @@ def write_model(kind: str, config: StudentConfig, table: list[tables.Entry],
   """
   checkpoint.refuse_other_folder(out)  # before minutes of work
   tokenizer = tokenizers.load_tokenizer(tokenizer_dir)
-  config = dataclasses.replace(config, decoder_start=tokenizers.token_id(tokenizer, tokenizers.DEC))
+  if kind != "generative":
+    config = dataclasses.replace(config, decoder_start=tokenizers.token_id(tokenizer, tokenizers.DEC))
   positions = next(entry.ours for entry in table if entry.ours.endswith(POSITIONS))
   source = config.vit
   source_positions = (source.tokens, source.width)
@@ -64,28 +68,48 @@ def write_model(kind: str, config: StudentConfig, table: list[tables.Entry],
     if odd:
       raise CheckpointError(f"the side file does not fit this model: {trees.listed(odd)}")
     fresh = [name for name in rest if name not in own]
-    out = Path(out).absolute()
-    out.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}.") as folder:
-      leaves = {name: np.lib.format.open_memmap(f"{folder}/{k}.npy", "w+", np.float32, shape)
-                for k, (name, shape) in enumerate(shapes.items())}
-      for entry in tqdm(table, "import", unit="tensor", disable=not progress, leave=False):
+    entries: dict[str, list[tables.Entry]] = {}
+    for entry in table:
+      entries.setdefault(entry.ours, []).append(entry)
+    with tqdm(desc="import", total=len(table), unit="tensor", disable=not progress,
+              leave=False) as bar, tempfile.TemporaryDirectory() as words:
+      def read(entry: tables.Entry) -> np.ndarray:
+        bar.update()
         tensor = found[entry.theirs].read()
-        part = leaves[entry.ours][(*entry.at, ...)]
         if entry.ours == positions:
-          part[...] = resize_positions(tensor.reshape(source_positions), source.grid, config.vit.grid)
-        else:
-          part[...] = tables.to_ours(entry, tensor, part.shape)
-      for name, tensor in own.items():
-        leaves[name][...] = tensor.read()
-      for name, values in _initial(make, fresh, seed).items():
-        leaves[name][...] = values
-      words = Path(folder, "tokenizer")
-      words.mkdir()
+          tensor = resize_positions(tensor.reshape(source_positions), source.grid, config.vit.grid)
+        return tensor
+      parts = {name: functools.partial(_filled, shapes[name], entries[name], read) for name in entries}
+      parts |= {name: functools.partial(_slices, tensor.read) for name, tensor in own.items()}
+      parts |= {name: functools.partial(_slices, lambda values=values: values)
+                for name, values in _initial(make, fresh, seed).items()}
+      leaves = {name: Streamed(shape, np.dtype(np.float32), parts[name])
+                for name, shape in shapes.items()}
       for file in tokenizer_files(tokenizer_dir):
         shutil.copy(file, words)
       checkpoint.save_model(out, build.describe(kind, config), trees.nest(leaves), words)
-  return Imported(out, fresh, kind)
+  return Imported(Path(out).absolute(), fresh, kind)
+
+
+def _filled(shape: tuple[int, ...], entries: list[tables.Entry], read: Callable,
+            rows: int) -> Iterator[np.ndarray]:
+  """A leaf that the table fills, so many rows at a time; what no tensor fills is 0."""
+  if not entries[0].at:
+    yield from _slices(lambda: tables.to_ours(entries[0], read(entries[0]), shape), rows)
+    return
+  for start in range(0, shape[0], rows):
+    stack = np.zeros((min(rows, shape[0] - start), *shape[1:]), np.float32)
+    for entry in entries:
+      if start <= entry.at[0] < start + rows:
+        part = stack[(entry.at[0] - start, *entry.at[1:], ...)]
+        part[...] = tables.to_ours(entry, read(entry), part.shape)
+    yield stack
+
+
+def _slices(read: Callable[[], np.ndarray], rows: int) -> Iterator[np.ndarray]:
+  """A whole leaf, so many rows at a time."""
+  values = read()
+  yield from (values[k:k + rows] for k in range(0, len(values), rows)) if values.ndim else [values]
 
 
 def _initial(make: Callable, names: list[str], seed: int) -> dict[str, np.ndarray]:
@@ -99,5 +123,6 @@ def _initial(make: Callable, names: list[str], seed: int) -> dict[str, np.ndarra
 
 def tokenizer_files(folder: Path) -> list[Path]:
   """The files of a folder that make its tokenizer."""
-  names = ("tokenizer.json", "tokenizer_config.json", "vocab.txt", "special_tokens_map.json")
+  names = ("tokenizer.json", "tokenizer_config.json", "vocab.txt", "special_tokens_map.json",
+           "vocab.json", "merges.txt", "spiece.model", "added_tokens.json")
   return [Path(folder, name) for name in names if Path(folder, name).exists()]
