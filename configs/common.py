@@ -11,7 +11,8 @@ def get_config() -> ConfigDict:
   config = ConfigDict()
   config.name = "train"         # what the progress bar calls the run
   config.seed = 0               # weights, order of the data, slots, negatives
-  config.task = "student"       # student | critic | tagger (a ViT on captions as bags of words)
+  config.task = "student"       # student | generative (with a decoder) | critic | tagger (a ViT on
+                                # captions as bags of words)
 
   config.model = model = ConfigDict()
   model.embed = 256             # width of the contrastive embeddings
@@ -26,6 +27,9 @@ def get_config() -> ConfigDict:
   model.qformer = ConfigDict(dict(  # BERT-base with 32 queries (BLIP-2)
       width=768, depth=12, heads=12, hidden=3072, queries=32, cross_every=2, max_tokens=512,
       dropout=0.1, remat="none", scan=True))
+  model.language_model = "opt"  # generative: opt | t5, as init.model has it, with its decoder's sizes
+  model.decoder = ConfigDict(dict(remat="none", scan=True))  # without init.model, also the sizes: see
+                                # lskd_jax/models/decoders
 
   config.init = ConfigDict()
   config.init.model = ""        # a model directory to start from; "" = random weights
@@ -54,7 +58,8 @@ def get_config() -> ConfigDict:
   config.loss = ConfigDict(dict(
       itc=1.0, itm=1.0, lm=1.0,  # BLIP-2's stage 1: equal weights; 0 leaves a loss out
       region_swap=1.0,           # weight of the region-swap negatives within ITM
-      question=1.0,              # weight of a question's own words in LM (LSKD: the whole text)
+      question=1.0,              # weight of a question's own words in LM (LSKD: the whole text);
+                                 # 0 for a generative student that is asked questions
       smoothing=0.1,             # label smoothing of ITC and LM (LAVIS)
       detach_gathered=False))    # True: ITC's gradient reaches one side of each direction, as in LAVIS
 

@@ -34,7 +34,7 @@ class LoaderOptions:
   """What a batch holds. Every field has a default that suits the embedded scenes.
 
   batch_size: images per step over all processes (B). statements: text slots per image (S).
-  text_tokens: tokens per text, [CLS] and [SEP] included (T). max_regions: region slots (R).
+  text_tokens: tokens per text, start and end included (T). max_regions: region slots (R).
   image_size: of the model input, in pixels: the side of a square, or (height, width); the aspect
     ratio is not kept.
   texts: what a text slot is filled with, as shares of TEXT_KINDS; an image that lacks a kind uses

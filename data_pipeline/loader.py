@@ -84,7 +84,7 @@ class Loader:
     image_id int32[b]: the row in the corpus
     boxes float32[b,R,4]: xyxy in [0,1] of the model input; 0 where not valid
     region_valid bool[b,R]
-    tokens int32[b,S,T]: [CLS] text [SEP] and padding; mentions are slots
+    tokens int32[b,S,T]: start, text, end and padding (texts.py); mentions are slots
     fields int8[b,S,T]: 0 special or padding, 1 question, 2 answer, 3 rationale, 4 description
     statement int32[b,S]: which of the record's statements a text is, -1 for other texts
     statement_valid bool[b,S]

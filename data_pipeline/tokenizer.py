@@ -1,4 +1,5 @@
-"""The student's tokenizer: WordPiece over lower-cased text, and where its tokens hold a mention.
+"""The student's tokenizer: WordPiece over lower-cased text, or its decoder's own; and where its tokens
+hold a mention.
 
 A folder holds `tokenizer.json`, which both the `tokenizers` package and transformers'
 `AutoTokenizer` read. A stock BERT folder that has only `vocab.txt` works too.
@@ -10,6 +11,7 @@ finds mentions by two tables over the vocabulary (`mention_tables`), so no embed
 from __future__ import annotations
 
 from collections.abc import Iterable
+import functools
 import json
 from pathlib import Path
 import re
@@ -136,6 +138,30 @@ def token_id(tokenizer: Tokenizer, token: str) -> int:
   if found is None:
     raise DataError(f"the tokenizer has no token {token!r}; train or choose another tokenizer")
   return found
+
+
+@functools.lru_cache(maxsize=1024)
+def number_token(tokenizer: Tokenizer, number: int) -> int:
+  """The token by which "[number]" differs from "[0]", wherever it stands in a text.
+
+  DataError where there is none, because the tokenizer joins numbers with brackets or splits them.
+  """
+  zero, found = (tokenizer.token_to_id(str(n)) for n in (0, number))
+  for template, wanted in _SURROUNDINGS:
+    row, other = (encode(tokenizer, template.format(k=n, n=0)) for n in (0, number))
+    numbers = iter([found if letter == "k" else zero for letter in wanted])
+    expected = [next(numbers, None) if token == zero else token for token in row]
+    if "k" in wanted and (row.count(zero) != len(wanted) or other != expected):
+      raise DataError(
+        f"the tokenizer has no token of its own for the number in [{number}]; choose another "
+        f"tokenizer, or at most {number} regions"
+      )
+  return found
+
+
+def piece_text(tokenizer: Tokenizer, token: int) -> str:
+  """The text that one token stands for."""
+  return _piece_text(tokenizer.id_to_token(token))
 
 
 def mention_tables(tokenizer: Tokenizer, max_regions: int) -> tuple[np.ndarray, np.ndarray]:

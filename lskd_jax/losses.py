@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from jax.sharding import reshard
 
 from lskd_jax.models import layers
+from lskd_jax.models.generative import GenerativeStudent
 from lskd_jax.models.student import Sight, Student
 from lskd_jax.parallel import ACT_B, REPLICATED
 
@@ -68,6 +69,12 @@ def lm_loss(logits: jax.Array, tokens: jax.Array, weights: jax.Array,
   weights = weights[:, :, 1:]
   right = chosen >= jax.lax.stop_gradient(logits).max(-1)
   return Weighted((loss[:, :, :-1] * weights).sum(), weights.sum()), right[:, :, :-1]
+
+
+def answers_right(right: jax.Array, fields: jax.Array, valid: jax.Array) -> Weighted:
+  """Next-token accuracy in answers: bool[B, S, T - 1] of `lm_loss`, int8[B, S, T], bool[B, S]."""
+  asked = (fields[:, :, 1:] == ANSWER) & valid[..., None]
+  return Weighted((right & asked).sum(), asked.sum())
 
 
 def similarity(image: jax.Array, text: jax.Array) -> jax.Array:
@@ -249,8 +256,7 @@ def student_loss(student: Student, batch: dict, weights: dict, key,
     logits = student.predict_words(sight, cache, tokens, keys[1])
     per_word = word_weights(batch["fields"], weights["question"]) * valid[..., None]
     losses["lm"], right = lm_loss(logits, tokens, per_word, weights["smoothing"])
-    asked = (batch["fields"][:, :, 1:] == ANSWER) & valid[..., None]
-    metrics["answer_words_right"] = Weighted((right & asked).sum(), asked.sum())
+    metrics["answer_words_right"] = answers_right(right, batch["fields"], valid)
   if weights["itc"] or weights["itm"]:
     image, text = student.embed_image(states), student.embed_text(tokens, keys[2])
     scores = similarity(image, text)
@@ -272,6 +278,32 @@ def student_loss(student: Student, batch: dict, weights: dict, key,
     losses["itm"] = Weighted(*(sum(loss[i] for loss, _ in rows.values()) for i in (0, 1)))
     metrics |= {f"itm_{name}_right": right for name, (_, right) in rows.items()}
   return losses, metrics
+
+
+def generative_loss(student: GenerativeStudent, batch: dict, weights: dict, key) -> tuple[dict, dict]:
+  """The language-model loss of a generative student (BLIP-2's second stage, LSKD's prefix LM).
+
+  Cross-entropy of answers, rationales and captions and of the end of a text, given the image and what
+  stands before: the question is a prefix. A text that was cut has no end to learn.
+
+  Args:
+    batch: as in `student_loss`.
+    weights: `question` (weight of a question's tokens; T5 reads them only), `smoothing`.
+    key: PRNG key of this step, for dropout.
+
+  Returns:
+    {"lm": Weighted}, {metric name: Weighted}.
+  """
+  features = batch["features"] if "features" in batch else student.vit(batch["image"])
+  sight = student.see(features, batch["boxes"], batch["region_valid"])
+  image = student.read_image(sight, key if student.config.qformer.dropout else None)
+  logits, tokens, fields, _ = student.teach(sight, image, batch["tokens"], batch["fields"])
+  valid = batch["statement_valid"]
+  written = jnp.pad(fields, ((0, 0), (0, 0), (1, 0)))[..., :-1] > QUESTION
+  ends = written & (fields == 0) & (tokens == student.decoder.config.end)
+  per_word = (word_weights(fields, weights["question"]) + ends) * valid[..., None]
+  loss, right = lm_loss(logits, tokens, per_word, weights["smoothing"])
+  return {"lm": loss}, {"answer_words_right": answers_right(right, fields, valid)}
 
 
 def words_loss(tagger, batch: dict, absent: int) -> tuple[dict, dict]:

@@ -34,7 +34,7 @@ from lskd_jax.models.build import Model
 
 TEXT_TOKENS = 128   # of a statement at most, as in training; less where the model reads fewer
 PER_ROW = 8         # statements of one image in one row
-BATCH = 32          # rows at a time
+BATCH = {"student": 32, "critic": 32, "generative": 4}  # rows at a time; a decoder's vocabulary is large
 GROUP = 64          # images read at a time
 KEY = "likelihood"  # of a statement's `extra`: what a student said of it
 
@@ -54,22 +54,22 @@ def critic_scores(model: Model, corpus: Corpus, cached=None,
   Raises:
     DataError: the first image or statement that the model cannot read.
   """
-  found = _of_corpus(model, "critic", corpus, cached, progress)
+  found = _of_corpus(model, ("critic",), corpus, cached, progress)
   return {statement.index: float(values[0]) for statement, values in found}
 
 
 def statement_likelihoods(model: Model, corpus: Corpus, cached=None,
                           progress: bool = True) -> dict[str, Evidence]:
   """What a student says of every statement: {statement index: Evidence}. Else as above."""
-  found = _of_corpus(model, "student", corpus, cached, progress)
+  found = _of_corpus(model, ("student", "generative"), corpus, cached, progress)
   return {statement.index: Evidence(*values.tolist(), statement.source)
           for statement, values in found}
 
 
-def _of_corpus(model: Model, kind: str, corpus: Corpus, cached,
+def _of_corpus(model: Model, kinds: tuple[str, ...], corpus: Corpus, cached,
                progress: bool) -> Iterator[tuple[Statement, np.ndarray]]:
-  if model.kind != kind:
-    raise DataError(f"a {kind} is needed, and this model is a {model.kind}")
+  if model.kind not in kinds:
+    raise DataError(f"a {kinds[0]} is needed, and this model is a {model.kind}")
   speak = speaker(model)
   starts = range(0, len(corpus), GROUP)
   for start in tqdm(starts, "score", disable=not progress, unit="batch", leave=False):
@@ -234,13 +234,9 @@ class _Row(NamedTuple):
 def speaker(model: Model) -> Callable[[dict], np.ndarray]:
   """A function from rows of arrays to float64[B, S, K]: of a critic P(accept), K = 1; of a student
   the numbers of `Evidence`, K = 4."""
-  if model.kind == "student":
+  if model.kind in ("student", "generative"):
     scorer = Scorer(model.graph, model.state, heads=False)
-
-    def likelihoods(arrays: dict) -> np.ndarray:
-      rows = {name: values for name, values in arrays.items() if name != "fields"}
-      return evidence_features(scorer(rows)["words"], arrays["fields"])
-    return likelihoods
+    return lambda arrays: evidence_features(scorer(arrays)["words"], arrays["fields"])
   if model.kind != "critic":
     raise DataError(f"a model of kind {model.kind!r} cannot score statements; give a student or a "
                     "critic")
@@ -270,7 +266,7 @@ def say(model: Model, speak: Callable, records: Sequence[ImageRecord],
     one DataError where the image cannot be read.
   """
   config = model.config
-  encoder = text_encoder(model.tokenizer, min(TEXT_TOKENS, config.qformer.max_tokens))
+  encoder = text_encoder(model.tokenizer, min(TEXT_TOKENS, config.max_tokens))
   options = LoaderOptions(max_regions=config.max_regions, image_size=config.vit.image_size,
                           region_mode=config.region_mode)
   if features is not None and options.region_mode in ("overlay", "both"):
@@ -292,11 +288,12 @@ def say(model: Model, speak: Callable, records: Sequence[ImageRecord],
     prepared = list(pool.map(prepare, range(len(records))))
   answers = [answer for _, answer in prepared]
   rows = [row for own, _ in prepared for row in own]
-  for start in range(0, len(rows), BATCH):
-    part = rows[start:start + BATCH]
+  batch = BATCH[model.kind]
+  for start in range(0, len(rows), batch):
+    part = rows[start:start + batch]
     arrays = {name: np.stack([row.arrays[name] for row in part]) for name in part[0].arrays}
     arrays = _trimmed(arrays)
-    values = speak(next(in_batches(arrays, BATCH)))  # filled up: few shapes, each compiled once
+    values = speak(next(in_batches(arrays, batch)))  # filled up: few shapes, each compiled once
     for row, said in zip(part, values):
       for position, value in zip(row.statements, said):
         answers[row.record][position] = value

@@ -23,10 +23,13 @@ from data_pipeline.judge import read_judgements
 from data_pipeline.loader import Loader
 from data_pipeline.records import DataError
 from data_pipeline.stages import write_json
+from data_pipeline.texts import text_encoder
 from lskd_jax import checkpoint, features, losses, metrics, optim, parallel, step
 from lskd_jax.judged import judged_corpus, judgement_columns
 from lskd_jax.models import build
-from lskd_jax.models.student import StudentConfig, student_config
+from lskd_jax.models.generative import GenerativeConfig
+from lskd_jax.models.student import StudentConfig
+from lskd_jax.models.vit import VitConfig
 
 
 class Run(NamedTuple):
@@ -109,6 +112,7 @@ def _train(config, workdir: Path, mesh, evaluate, progress: bool) -> Run:
                                       progress=progress)
   loader = Loader(corpus, tokenizer, options, config.seed)
   columns = judgement_columns(corpus, judgements) if config.task == "critic" else None
+  objective = make_objective(config)
   claim(config, workdir, write=True)
 
   def batches(start: int, end: int):
@@ -121,9 +125,8 @@ def _train(config, workdir: Path, mesh, evaluate, progress: bool) -> Run:
 
   # --- state: resume, or start ---
   steps = config.optim.steps
-  objective = make_objective(config)
   tx = optim.optimizer(config.optim)
-  losses_of = ("itc", "itm", "lm") if config.task == "student" else ()
+  losses_of = {"student": ("itc", "itm", "lm"), "generative": ("lm",)}.get(config.task, ())
   loss_weights = {name: config.loss[name] for name in losses_of}
   train_step = step.make_train_step(graph, tx, objective, loss_weights, config.train.microbatches)
   run_key = jax.random.key(config.seed)
@@ -191,23 +194,52 @@ def _train(config, workdir: Path, mesh, evaluate, progress: bool) -> Run:
   return Run(workdir / "model", steps, extended)
 
 
-def sized(config, tokenizer) -> StudentConfig:
+def sized(config, tokenizer) -> StudentConfig | GenerativeConfig:
   """The model's sizes: the config's, and what follows from the tokenizer and from `init.model`."""
   sizes = config.model.to_dict()
-  sizes |= {"region_mode": config.data.region_mode,
-            "decoder_start": tokenizers.token_id(tokenizer, tokenizers.DEC)}
-  sizes["qformer"]["vocabulary"] = tokenizer.get_vocab_size()
-  if config.init.model:
-    source = checkpoint.load_config(config.init.model)["model"]
-    sizes["vision_eps"] = source["vision_eps"]  # of imported weights, LAVIS's or transformers'
-    if not config.data.tokenizer:  # its embeddings may have more rows than its tokenizer has words
+  sizes["region_mode"] = config.data.region_mode
+  source = checkpoint.load_config(config.init.model)["model"] if config.init.model else None
+  if config.task == "generative":
+    sizes["decoder"] = decoder_sizes(config, tokenizer, source)
+  else:
+    sizes["decoder_start"] = tokenizers.token_id(tokenizer, tokenizers.DEC)
+    sizes["qformer"]["vocabulary"] = tokenizer.get_vocab_size()
+    if source and not config.data.tokenizer:  # its embeddings may have more rows than its tokenizer has words
       sizes["qformer"]["vocabulary"] = source["qformer"]["vocabulary"]
-    ours, theirs = student_config(sizes).vit, student_config(source).vit
+  if source:
+    sizes["vision_eps"] = source["vision_eps"]  # of imported weights, LAVIS's or transformers'
+  found = build.run_config(config.task, sizes)
+  if source:
+    ours, theirs = found.vit, VitConfig(**source.get("vit", {}))
     # As many position embeddings in other rows would fit, and mean something else.
     if ours.tokens == theirs.tokens and ours.grid != theirs.grid and not config.init.parts:
       raise DataError(f"model.vit.image_size={ours.image_size}: {config.init.model} was made for "
                       f"{theirs.image_size}; set it to that, or import the weights for the other size")
-  return student_config(sizes)
+  if config.data.text_tokens > found.max_tokens:
+    raise DataError(f"data.text_tokens={config.data.text_tokens}: this model takes texts of at most "
+                    f"{found.max_tokens} tokens; set it to that or less")
+  return found
+
+
+def decoder_sizes(config, tokenizer, source: dict | None) -> dict:
+  """The decoder's config: that of `init.model`, or of a new one that fits the tokenizer.
+
+  Raises:
+    DataError: `init.model` has a decoder of another kind, or the tokenizer is not its.
+  """
+  wanted = config.model.decoder.to_dict()
+  text = text_encoder(tokenizer, config.data.text_tokens)
+  if source and "decoder" in source:
+    if source["language_model"] != config.model.language_model:
+      raise DataError(f"model.language_model={config.model.language_model}: {config.init.model} has "
+                      f"{source['language_model']}; set it to that")
+    frame = source["decoder"]["pad"], source["decoder"]["end"]
+    if frame != (text.pad, text.end):
+      raise DataError(f"the decoder of {config.init.model} pads and ends texts with tokens {frame}, the "
+                      f"tokenizer with {text.pad, text.end}; they do not belong together")
+    return source["decoder"] | wanted
+  start = text.start[0] if text.start else text.pad
+  return {"vocabulary": tokenizer.get_vocab_size(), "pad": text.pad, "start": start, "end": text.end} | wanted
 
 
 def _peak(mesh):
@@ -241,6 +273,11 @@ def make_objective(config) -> Callable:
   if config.task == "critic":
     return losses.critic_loss
   weights = config.loss.to_dict()
+  if config.task == "generative":
+    if config.model.language_model == "t5" and weights["question"]:
+      raise DataError(f"loss.question={weights['question']}: T5 reads questions and writes none; set it "
+                      "to 0")
+    return lambda model, batch, key: losses.generative_loss(model, batch, weights, key)
   return lambda model, batch, key: losses.student_loss(model, batch, weights, key)
 
 

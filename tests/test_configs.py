@@ -1,4 +1,5 @@
 """Every config file: it makes a config, its docstring's command is one, and its model can be built."""
+import dataclasses
 import importlib
 from pathlib import Path
 import re
@@ -12,8 +13,11 @@ import pytest
 from configs import common
 from lskd_jax import cli, optim, parallel, step
 from lskd_jax.config_files import known_keys, load_config
+from lskd_jax.models.build import run_config
 from lskd_jax.models.critic import Critic
-from lskd_jax.models.student import Student, Tagger, student_config
+from lskd_jax.models.decoders.opt import OPT_2_7B
+from lskd_jax.models.generative import GenerativeStudent
+from lskd_jax.models.student import Student, Tagger
 from lskd_jax.models.vit import CLIP_VIT_L, EVA_VIT_G
 from lskd_jax.train import loader_options
 
@@ -83,11 +87,12 @@ def test_the_model_of_a_config_can_be_built_and_trained(name):
   """Shapes only: the model, the part that is trained, its optimizer, and what the loader gives."""
   config = module(name).get_config()
   sizes = config.model.to_dict()
-  sizes["qformer"]["vocabulary"] = VOCABULARY
-  about = student_config({**sizes, "region_mode": config.data.region_mode})
+  sizes["qformer"]["vocabulary"] = sizes["decoder"]["vocabulary"] = VOCABULARY
+  about = run_config(config.task, {**sizes, "region_mode": config.data.region_mode})
   tables = np.zeros(VOCABULARY, bool), np.full(VOCABULARY, -1, np.int32)
   make = {"tagger": lambda rngs: Tagger(about, *tables, rngs),
           "student": lambda rngs: Student(about, *tables, rngs),
+          "generative": lambda rngs: GenerativeStudent(about, *tables, rngs),
           "critic": lambda rngs: Critic(Student(about, *tables, rngs), rngs)}[config.task]
   with jax.set_mesh(parallel.make_mesh((1, 1))):
     model = nnx.eval_shape(lambda: make(nnx.Rngs(0)))
@@ -97,13 +102,13 @@ def test_the_model_of_a_config_can_be_built_and_trained(name):
   for part in config.train.frozen:
     assert nnx.to_flat_state(frozen.filter(nnx.PathContains(part)))
   assert loader_options(config).batch_size == config.data.batch_size
-  assert config.data.text_tokens <= config.model.qformer.max_tokens
+  assert config.data.text_tokens <= about.max_tokens
 
 
 def test_the_defaults_are_of_the_size_of_blip_2():
   """ViT-g/14 without its last block, as in BLIP-2: 39 blocks, 986 million parameters."""
   config = common.get_config()
-  about = student_config(config.model.to_dict())
+  about = run_config("student", config.model.to_dict())
   tables = np.zeros(about.qformer.vocabulary, bool), np.zeros(about.qformer.vocabulary, np.int32)
   with jax.set_mesh(parallel.make_mesh((1, 1))):
     model = nnx.eval_shape(lambda: Student(about, *tables, nnx.Rngs(0)))
@@ -115,4 +120,13 @@ def test_the_defaults_are_of_the_size_of_blip_2():
 
 @pytest.mark.parametrize("name,tower", [("common", EVA_VIT_G), ("blip2_vit_l", CLIP_VIT_L)])
 def test_published_towers_have_their_names(name, tower):
-  assert student_config(module(name).get_config().model.to_dict()).vit == tower
+  assert run_config("student", module(name).get_config().model.to_dict()).vit == tower
+
+
+def test_the_generative_students_decoder_is_opt_2_7b_and_frozen():
+  config = module("blip2_opt").get_config()
+  about = run_config("generative", config.model.to_dict())
+  assert about.decoder == dataclasses.replace(OPT_2_7B, remat="dots")
+  assert about.prompt == "question: {question} answer:"
+  assert set(config.train.frozen) == {"vit", "decoder"}
+  assert (config.loss.question, config.loss.smoothing) == (0, 0)

@@ -18,6 +18,7 @@ from lskd_jax.evaluate.candidates import Scorer
 from lskd_jax.models import build
 
 TEXT_TOKENS = 128  # at most, as in training
+BATCH = {"student": 32, "generative": 8}  # items at a time; a decoder's vocabulary is large
 
 
 def run_scenes(model_dir: Path, data: Path, image_root: Path, out: Path) -> dict:
@@ -31,7 +32,7 @@ def run_scenes(model_dir: Path, data: Path, image_root: Path, out: Path) -> dict
     raise DataError(f"{data}: holds no items")
   with jax.set_mesh(parallel.make_mesh((1, 1), jax.local_devices()[:1])):
     model = build.load(model_dir)
-    if model.kind != "student":
+    if model.kind not in ("student", "generative"):
       raise DataError(f"{model_dir}: holds a {model.kind}; this benchmark needs a student")
     size = model.config.vit.image_size
     items, pictures = _with_pictures(items, image_root)
@@ -44,8 +45,8 @@ def run_scenes(model_dir: Path, data: Path, image_root: Path, out: Path) -> dict
     columns = _columns(items)
     found = scenes.evaluate(
         scorer, items, rows, model.tokenizer, max_regions=model.config.max_regions,
-        text_tokens=min(TEXT_TOKENS, model.config.qformer.max_tokens),
-        image_size=pictures.shape[1], columns=columns, overlay=overlay, progress=True)
+        text_tokens=min(TEXT_TOKENS, model.config.max_tokens), image_size=pictures.shape[1],
+        columns=columns, batch=BATCH[model.kind], overlay=overlay, progress=True)
   types = found.pop("types", {})
   metrics = {"benchmark": "scenes", "model": str(model_dir), "data": str(data),
              "items": len(items), "columns": found, "q_a_by_type": types}
@@ -111,7 +112,7 @@ def _predictions(items, columns, heard) -> list[dict]:
   asked = [name for name in columns if name != "q_ar"]  # that one follows from two others
   for name, scores in zip(asked, heard, strict=True):
     for at, item in enumerate(_asked(items)[name]):
-      given = {head: [float(s) for s in scores[head][at]] for head in scenes.HEADS}
+      given = {head: [float(s) for s in scores[head][at]] for head in scenes.HEADS if head in scores}
       rows.append({"column": name, "index": item.index, "image": item.image,
                    "label": getattr(item, labels.get(name, "label")),
                    "chosen": {head: int(np.argmax(values)) for head, values in given.items()},

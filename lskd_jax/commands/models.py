@@ -204,11 +204,11 @@ def import_weights(args) -> None:
       args.parser.error("--tokenizer is for stage 1; the folder of --decoder has its own")
     from lskd_jax.config_files import load_config
     from lskd_jax.convert import lavis, lavis_decoder
-    from lskd_jax.models.student import student_config
+    from lskd_jax.models.build import run_config
     config = load_config(args.config or "configs/common.py")
     sizes = {**config.model.to_dict(), "max_regions": args.max_regions,
              "region_mode": config.data.region_mode}
-    options = dict(config=student_config(sizes), vit=args.vit, image_size=args.image_size)
+    options = dict(config=run_config("student", sizes), vit=args.vit, image_size=args.image_size)
     if args.decoder:
       found = lavis_decoder.import_stage2(args.source, args.out, decoder_dir=args.decoder, **options)
     else:

@@ -6,7 +6,8 @@ computed and every result names its head):
   itm      the match logit of the fused pass, mean over queries
   itc      max over queries of the cosine of image and text embedding
   itm+itc  their sum, as LAVIS ranks retrieval
-  lm       sum of the log-likelihoods of the candidate's own words in the causal pass
+  lm       sum of the log-likelihoods of the candidate's own words in the causal pass, or of a
+           generative student's decoder, which has this head alone
 
 The arithmetic after the network is float64 on the host.
 """
@@ -18,32 +19,39 @@ import numpy as np
 from tqdm import tqdm
 
 from lskd_jax import losses, parallel
+from lskd_jax.models.generative import GenerativeConfig, GenerativeStudent, shifted
 from lskd_jax.models.student import Student
 
 HEADS = ("itm", "itc", "itm+itc", "lm")
 
 
 class Scorer:
-  """Scores texts with one student; compiles once per shape of the input.
+  """Scores texts with one student of either kind; compiles once per shape of the input.
 
   Args:
     graph, state: of the student, as `models.build.load` returns them.
-    heads: False computes the causal pass alone, several times cheaper; only `lm` and `words` then.
+    heads: False computes the causal pass alone, several times cheaper; only `lm` and `words` then. A
+      generative student has nothing else.
   """
 
   def __init__(self, graph, state, heads: bool = True):
     self.state = state
-    self.heads = heads
     self.config = nnx.merge(graph, state).config
+    writes = isinstance(self.config, GenerativeConfig)
+    self.heads = heads = heads and not writes
     self._see = jax.jit(lambda state, image: nnx.merge(graph, state).vit(image))
 
     @jax.jit
     def score(state, batch):
-      student: Student = nnx.merge(graph, state)
+      student: Student | GenerativeStudent = nnx.merge(graph, state)
       features = batch["features"] if "features" in batch else student.vit(batch["image"])
       sight = student.see(features, batch["boxes"], batch["region_valid"])
-      states, cache = student.read_image(sight)
       tokens = batch["tokens"]
+      if writes:
+        taught = student.teach(sight, student.read_image(sight), tokens, batch["fields"])
+        words = losses.word_likelihoods(taught.logits, taught.tokens)
+        return {"words": shifted(words, -taught.moved, 0.0)}  # to where each token came
+      states, cache = student.read_image(sight)
       logits = student.predict_words(sight, cache, tokens)
       found = {"words": losses.word_likelihoods(logits, tokens)}
       if heads:
@@ -57,10 +65,12 @@ class Scorer:
     """Scores a batch of numpy rows.
 
     Args:
-      rows: `features` [B, N, C] or `image`, `boxes`, `region_valid`, `tokens` [B, S, T].
+      rows: `features` [B, N, C] or `image`, `boxes`, `region_valid`, `tokens` [B, S, T]; for a
+        generative student also `fields` [B, S, T].
 
     Returns:
-      words float64[B, S, T], log-likelihood of every token, and with heads: itc float64[B, S],
+      words float64[B, S, T], log-likelihood of every token (0 for those that a decoder reads and does
+      not write), and with heads: itc float64[B, S],
       itm float64[B, S] the match logit, match float64[B, S] = P(match).
     """
     batch = parallel.put_batch(rows, jax.sharding.get_mesh())

@@ -45,9 +45,8 @@ def evaluate(scorer: Scorer, items: Sequence[SceneChoice], images: dict, tokeniz
   def choose(name, items, texts, labels, field, swapped=False):
     rows = item_rows(items, texts, images, tokenizer, max_regions, text_tokens, image_size, swapped,
                  overlay)
-    fields = rows.pop("fields")
     scores = scorer.many(rows, batch, f"evaluate {name}" if progress else "")
-    scores["lm"] = sum_over(scores["words"], fields, [field])
+    scores["lm"] = sum_over(scores["words"], rows["fields"], [field])
     heads = HEADS if scorer.heads else ("lm",)
     right[name] = {head: scores[head].argmax(1) == np.array(labels) for head in heads}
 

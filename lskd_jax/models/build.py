@@ -24,6 +24,9 @@ from lskd_jax.models.generative import GenerativeConfig, GenerativeStudent, gene
 from lskd_jax.models.student import Student, StudentConfig, Table, Tagger, student_config
 
 KINDS = ("tagger", "student", "generative", "critic")
+# Fields of a run's `model` that belong to one of the two configs alone.
+_STUDENTS = ("embed", "temperature", "decoder_start")
+_GENERATIVES = ("language_model", "decoder", "prompt")
 
 
 class Model(NamedTuple):
@@ -38,6 +41,12 @@ class Model(NamedTuple):
 def model_config(kind: str, config: dict) -> StudentConfig | GenerativeConfig:
   """The config of a kind of model from nested plain dicts; ValueError naming an unknown key."""
   return (generative_config if kind == "generative" else student_config)(config)
+
+
+def run_config(kind: str, sizes: dict) -> StudentConfig | GenerativeConfig:
+  """As `model_config`, from the `model` of a run's config, which has the fields of all kinds."""
+  others = _STUDENTS if kind == "generative" else _GENERATIVES
+  return model_config(kind, {name: value for name, value in sizes.items() if name not in others})
 
 
 def maker(kind: str, config: StudentConfig | GenerativeConfig, tokenizer: Tokenizer) -> Callable:

@@ -7,14 +7,16 @@ Axes: B images, S texts of an image, P tokens of a prompt, T of a text, Q querie
 E width of the decoder's word embeddings, V its vocabulary.
 """
 import dataclasses
-from typing import Any
+import sys
+from typing import Any, NamedTuple
 
 from flax import nnx
 import jax
 import jax.numpy as jnp
 
+from data_pipeline.texts import NO_FIELD, QUESTION
 from lskd_jax.models import layers
-from lskd_jax.models.decoders.attention import Cache
+from lskd_jax.models.decoders.attention import Cache, Memory
 from lskd_jax.models.decoders.opt import Opt, OptConfig
 from lskd_jax.models.decoders.t5 import T5, T5Config
 from lskd_jax.models.generate import Decoding, Generated, Prompted, generate_after, prompted
@@ -44,6 +46,23 @@ class GenerativeConfig:
   @property
   def uses_region_tokens(self) -> bool:
     return self.region_mode in ("tokens", "both")
+
+  @property
+  def max_tokens(self) -> int:
+    """Tokens of the longest text that can be read or written; T5's positions have no end."""
+    return self.decoder.max_tokens - self.qformer.queries if self.language_model == "opt" else sys.maxsize
+
+
+class Taught(NamedTuple):
+  """Texts as the decoder writes them.
+
+  logits: float32[B, S, T, V] of the token after each place. tokens: int32[B, S, T]; fields:
+  int8[B, S, T]. moved: int32[B, S], by how many places each text stands further left than it came.
+  """
+  logits: jax.Array
+  tokens: jax.Array
+  fields: jax.Array
+  moved: jax.Array
 
 
 class GenerativeStudent(nnx.Module):
@@ -81,12 +100,56 @@ class GenerativeStudent(nnx.Module):
 
     before: int32[B, S, 1], the tokens before the texts; None = nothing that opens a mention.
     """
+    return self._words(sight, tokens, self.slots(tokens, before))
+
+  def slots(self, tokens: jax.Array, before: jax.Array | None = None) -> jax.Array:
+    """As Student.slots; before: as in `words`."""
+    return mention_slots(tokens, self.opens_bracket[...], self.digit[...], self.config.max_regions, before)
+
+  def _words(self, sight: Sight, tokens: jax.Array, slots: jax.Array) -> jax.Array:
     x = self.decoder.embed(tokens)
-    if sight.mention is None:
-      return x
-    slots = mention_slots(tokens, self.opens_bracket[...], self.digit[...], self.config.max_regions,
-                          before)
-    return x + at_mentions(slots, sight.mention)
+    return x if sight.mention is None else x + at_mentions(slots, sight.mention)
+
+  def teach(self, sight: Sight, image: jax.Array, tokens: jax.Array, fields: jax.Array) -> Taught:
+    """Every text written behind its image, its own tokens given: for a loss or a score.
+
+    A decoder that starts as it is told writes whole texts behind the queries, which it reads once for
+    all texts of an image. One that starts itself (T5) reads the queries and the question, and writes
+    what follows "answer:"; a text without a question is written whole.
+
+    Args:
+      image: [B, Q, E], from `read_image`.
+      tokens: int32[B, S, T]; fields: int8[B, S, T]; both as the loader gives them.
+    """
+    if not self.decoder.starts_itself:
+      present = jnp.ones(image.shape[:2], bool, out_sharding=ACT_B)
+      states, _ = self.decoder.write(self.decoder.read(image, present), self.words(sight, tokens))
+      return Taught(self.decoder.logits(states), tokens, fields, jnp.zeros_like(tokens[..., 0]))
+    place, slots, own = jnp.arange(tokens.shape[-1]), self.slots(tokens), self.decoder.config
+    first = jnp.argmax(fields > QUESTION, -1)  # of the tokens that are written
+    memory = self._ask(sight, image, tokens, slots, first)
+    # What is written, behind the decoder's own start.
+    moved = first - 1
+    tokens, slots, fields = (jnp.where(place == 0, start, shifted(row, moved, fill)) for row, start, fill in
+                             ((tokens, own.start, own.pad), (slots, -1, -1), (fields, NO_FIELD, NO_FIELD)))
+    rows = self._words(sight, tokens, slots)
+    batch, texts, size, width = rows.shape
+    states, _ = self.decoder.write(memory, layers.reshape(rows, batch * texts, 1, size, width))
+    logits = self.decoder.logits(layers.reshape(states, batch, texts, size, states.shape[-1]))
+    return Taught(logits, tokens, fields, moved)
+
+  def _ask(self, sight: Sight, image: jax.Array, tokens: jax.Array, slots: jax.Array,
+           first: jax.Array) -> Memory:
+    """The queries and what stands before place `first` of each text, closed by the end token as all that
+    T5 reads: a Memory of B * S prompts."""
+    last = jnp.arange(tokens.shape[-1]) == first[..., None]
+    words = self._words(sight, jnp.where(last, self.decoder.config.end, tokens), jnp.where(last, -1, slots))
+    batch, texts, size, width = words.shape
+    queries = jnp.broadcast_to(image[:, None], (batch, texts, *image.shape[1:]), out_sharding=ACT_B)
+    rows = jnp.concatenate([queries.astype(words.dtype), words], 2)
+    real = jnp.arange(rows.shape[2]) - queries.shape[2] <= first[..., None]
+    return self.decoder.read(layers.reshape(rows, batch * texts, rows.shape[2], width),
+                             layers.reshape(real, batch * texts, rows.shape[2]))
 
   def read(self, sight: Sight, image: jax.Array, prompt: jax.Array, real: jax.Array) -> Prompted:
     """One prompt for each image.
@@ -130,6 +193,13 @@ class GenerativeStudent(nnx.Module):
       return self.decoder.logits(states)[:, :, 0], cache
     cache = self.decoder.cache(prompts.first.shape[0], decoding.beams, 1 + decoding.max_tokens)
     return generate_after(write, cache, prompts, decoding, key)
+
+
+def shifted(rows: jax.Array, by: jax.Array, fill) -> jax.Array:
+  """rows[b, s, t + by[b, s]] at [b, s, t], `fill` where there is none: [B, S, T], int32[B, S]."""
+  at = jnp.arange(rows.shape[-1]) + by[..., None]
+  inside = (at >= 0) & (at < rows.shape[-1])
+  return jnp.where(inside, jnp.take_along_axis(rows, jnp.where(inside, at, 0), -1), fill)
 
 
 def generative_config(config: dict) -> GenerativeConfig:

@@ -38,6 +38,11 @@ class StudentConfig:
   def uses_region_tokens(self) -> bool:
     return self.region_mode in ("tokens", "both")
 
+  @property
+  def max_tokens(self) -> int:
+    """Tokens of the longest text that can be read."""
+    return self.qformer.max_tokens
+
 
 class Table(nnx.Variable):
   """A constant that travels with the model and is never trained."""
