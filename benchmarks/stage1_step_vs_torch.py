@@ -21,7 +21,8 @@ from torch.nn import functional
 from lskd_jax import losses, optim, step
 from lskd_jax.models.student import PAD
 
-LOSS = {"itc": 1.0, "itm": 1.0, "lm": 1.0, "region_swap": 0.0, "question": 1.0, "smoothing": 0.1}
+LOSS = {"itc": 1.0, "itm": 1.0, "lm": 1.0, "region_swap": 0.0, "question": 1.0, "end": 0.0,
+        "smoothing": 0.1, "detach_gathered": False}
 ADAM = SimpleNamespace(learning_rate=1e-4, warmup_steps=0, steps=1000, final_share=1.0, clip_norm=1.0,
                        b1=0.9, b2=0.999, eps=1e-8, weight_decay=0.05)
 

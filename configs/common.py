@@ -60,6 +60,7 @@ def get_config() -> ConfigDict:
       region_swap=1.0,           # weight of the region-swap negatives within ITM
       question=1.0,              # weight of a question's own words in LM (LSKD: the whole text);
                                  # 0 for a generative student that is asked questions
+      end=1.0,                   # weight of the token that ends a text, in LM (LAVIS: as any other)
       smoothing=0.1,             # label smoothing of ITC and LM (LAVIS)
       detach_gathered=False))    # True: ITC's gradient reaches one side of each direction, as in LAVIS
 

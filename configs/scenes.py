@@ -21,6 +21,7 @@ def get_config() -> ConfigDict:
   config.data.rationale_dropout = 0.0
   config.data.distractors = 1.0   # boxes tell nothing about which regions the texts are about
   config.loss.question = 0.1      # what is asked is not what is to be learned
+  config.loss.end = 0.0           # texts are scored here, never written
   config.loss.smoothing = 0.0     # scores are compared as likelihoods
   config.optim.update(learning_rate=2e-3, b2=0.98, weight_decay=0.01, final_share=0.05,
                       warmup_steps=50)

@@ -27,12 +27,15 @@ class Weighted(NamedTuple):
     return self.total / jnp.maximum(self.weight, 1e-9)
 
 
-def word_weights(fields: jax.Array, question_weight: float) -> jax.Array:
+def word_weights(fields: jax.Array, question_weight: float, end_weight: float) -> jax.Array:
   """Weight of each token in the LM loss: int8[B, S, T] -> float32[B, S, T].
 
-  Answers, rationales and captions count 1, questions `question_weight`, padding 0.
+  Answers, rationales and captions count 1, questions `question_weight`, the token after the last of
+  them, with which a text ends, `end_weight`, padding 0.
   """
-  return jnp.where(fields == QUESTION, question_weight, (fields > 0).astype(jnp.float32))
+  words = jnp.where(fields == QUESTION, question_weight, (fields > 0).astype(jnp.float32))
+  after = jnp.pad(fields, ((0, 0), (0, 0), (1, 0)))[..., :-1] > 0
+  return jnp.where(after & (fields == 0), end_weight, words)
 
 
 def word_likelihoods(logits: jax.Array, tokens: jax.Array) -> jax.Array:
@@ -254,7 +257,7 @@ def student_loss(student: Student, batch: dict, weights: dict, key,
   losses, metrics = {}, {}
   if weights["lm"]:
     logits = student.predict_words(sight, cache, tokens, keys[1])
-    per_word = word_weights(batch["fields"], weights["question"]) * valid[..., None]
+    per_word = word_weights(batch["fields"], weights["question"], weights["end"]) * valid[..., None]
     losses["lm"], right = lm_loss(logits, tokens, per_word, weights["smoothing"])
     metrics["answer_words_right"] = answers_right(right, batch["fields"], valid)
   if weights["itc"] or weights["itm"]:
@@ -288,7 +291,7 @@ def generative_loss(student: GenerativeStudent, batch: dict, weights: dict, key)
 
   Args:
     batch: as in `student_loss`.
-    weights: `question` (weight of a question's tokens; T5 reads them only), `smoothing`.
+    weights: `question` (weight of a question's tokens; T5 reads them only), `end`, `smoothing`.
     key: PRNG key of this step, for dropout.
 
   Returns:
@@ -299,9 +302,9 @@ def generative_loss(student: GenerativeStudent, batch: dict, weights: dict, key)
   image = student.read_image(sight, key if student.config.qformer.dropout else None)
   logits, tokens, fields, _ = student.teach(sight, image, batch["tokens"], batch["fields"])
   valid = batch["statement_valid"]
-  written = jnp.pad(fields, ((0, 0), (0, 0), (1, 0)))[..., :-1] > QUESTION
-  ends = written & (fields == 0) & (tokens == student.decoder.config.end)
-  per_word = (word_weights(fields, weights["question"]) + ends) * valid[..., None]
+  per_word = word_weights(fields, weights["question"], weights["end"])
+  cut = (fields == 0) & (tokens != student.decoder.config.end)
+  per_word = jnp.where(cut, 0, per_word) * valid[..., None]
   loss, right = lm_loss(logits, tokens, per_word, weights["smoothing"])
   return {"lm": loss}, {"answer_words_right": answers_right(right, fields, valid)}
 

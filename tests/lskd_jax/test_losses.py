@@ -92,7 +92,10 @@ def test_word_likelihoods_are_log_probabilities(spoken):
 def test_weights_of_words_by_field():
   """Padding and special tokens 0, question as asked, answer, rationale and caption 1."""
   fields = jnp.array([[[0, 1, 2, 3, 4]]], jnp.int8)
-  assert losses.word_weights(fields, 0.25).tolist() == [[[0, 0.25, 1, 1, 1]]]
+  assert losses.word_weights(fields, 0.25, 0.5).tolist() == [[[0, 0.25, 1, 1, 1]]]
+  assert losses.word_weights(fields[..., :-1], 0.25, 0.5).tolist() == [[[0, 0.25, 1, 1]]]
+  padded = jnp.pad(fields, ((0, 0), (0, 0), (0, 2)))  # [SEP] and [PAD]
+  assert losses.word_weights(padded, 0.25, 0.5).tolist() == [[[0, 0.25, 1, 1, 1, 0.5, 0]]]
 
 
 # --- ITC ---

@@ -18,7 +18,7 @@ from tests.lskd_jax.torch_decoders import left_padded
 
 pytestmark = pytest.mark.usefixtures("one_device")
 
-WEIGHTS = {"lm": 1.0, "question": 0.0, "smoothing": 0.0}
+WEIGHTS = {"lm": 1.0, "question": 0.0, "end": 1.0, "smoothing": 0.0}
 FROZEN = ("vit", "decoder")
 KEY = jax.random.key(0)
 

@@ -31,8 +31,8 @@ QFORMER = QFormerConfig(vocabulary=VOCABULARY, width=32, depth=2, heads=4, hidde
                         cross_every=1, max_tokens=16)
 STUDENT = StudentConfig(vit=VIT, qformer=QFORMER, embed=16, max_regions=REGIONS)
 
-LOSS = {"itc": 1.0, "itm": 1.0, "lm": 1.0, "region_swap": 1.0, "question": 1.0, "smoothing": 0.0,
-        "detach_gathered": False}
+LOSS = {"itc": 1.0, "itm": 1.0, "lm": 1.0, "region_swap": 1.0, "question": 1.0, "end": 0.0,
+        "smoothing": 0.0, "detach_gathered": False}
 # Epsilon is large, so that an update is a smooth function of its gradient: Adam turns a gradient
 # that is zero but for rounding, such as that of a key's bias, into a full step either way.
 ADAM = SimpleNamespace(learning_rate=1e-2, warmup_steps=0, steps=100, final_share=0.1, clip_norm=1.0,
