@@ -102,10 +102,10 @@ def write_after(graph, decoding: Decoding, state, prompts: jax.Array) -> jax.Arr
   opt = nnx.merge(graph, state)
   batch = prompts.shape[0]
   real = jnp.ones((batch, prompts.shape[1] - 1), bool, out_sharding=parallel.ACT_B)
-  memory = opt.read(prompts[:, :-1], real)
+  memory, parts = opt.read(prompts[:, :-1], real), opt.parts()
 
   def follow(cache, x, place, lineage):
-    states, cache = opt.write(memory, x, cache, place, lineage)
+    states, cache = opt.write(memory, x, cache, place, lineage, parts)
     return opt.logits(states)[:, :, 0], cache
 
   def write(cache, tokens, before, place, lineage):

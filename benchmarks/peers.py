@@ -45,6 +45,8 @@ def arguments(doc: str) -> argparse.ArgumentParser:
                       metavar=("D", "BLOCKS", "HEADS"))
   parser.add_argument("--queries", type=int, default=32)
   parser.add_argument("--text-tokens", type=int, default=32)
+  parser.add_argument("--scan", action=argparse.BooleanOptionalAction, default=True,
+                      help="ours: scan over the Q-Former's blocks, as its config has it, or unroll them")
   return parser
 
 
@@ -52,10 +54,10 @@ def student_config(args, **changes) -> StudentConfig:
   """A student without regions, as transformers and LAVIS have none."""
   width, depth, heads = args.vit
   vit = VitConfig(image_size=args.image_size, patch=args.patch, width=width, depth=depth, heads=heads,
-                  hidden=4 * width, scan=False)
+                  hidden=4 * width)
   width, depth, heads = args.qformer
   qformer = QFormerConfig(vocabulary=VOCABULARY, width=width, depth=depth, heads=heads,
-                          hidden=4 * width, queries=args.queries, scan=False)
+                          hidden=4 * width, queries=args.queries, scan=args.scan)
   return StudentConfig(vit=vit, qformer=qformer, region_mode="none", vision_eps=1e-6,
                        decoder_start=DEC, dtype=args.dtype, **changes)
 
@@ -65,7 +67,7 @@ def sizes(args) -> dict:
   return {"device": device(), "jax_device": jax.devices()[0].device_kind, "dtype": args.dtype,
           "torch_threads": torch.get_num_threads(), "repeats": args.repeats,
           "image": [args.image_size, args.patch], "vit": list(args.vit), "qformer": list(args.qformer),
-          "queries": args.queries, "text_tokens": args.text_tokens}
+          "queries": args.queries, "text_tokens": args.text_tokens, "scan": args.scan}
 
 
 def pictures(count: int, side: int, seed: int = 0) -> np.ndarray:

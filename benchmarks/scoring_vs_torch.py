@@ -26,7 +26,7 @@ from lskd_jax.models.student import PAD
 
 def main() -> None:
   parser = peers.arguments(__doc__)
-  parser.set_defaults(repeats=3)
+  parser.set_defaults(repeats=3, scan=False)
   parser.add_argument("--images", type=int, default=32)
   parser.add_argument("--texts", type=int, default=50)
   parser.add_argument("--pairs", type=int, default=20, help="pairs that the pairwise way is timed on")

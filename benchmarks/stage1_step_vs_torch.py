@@ -29,6 +29,7 @@ ADAM = SimpleNamespace(learning_rate=1e-4, warmup_steps=0, steps=1000, final_sha
 
 def main() -> None:
   parser = peers.arguments(__doc__)
+  parser.set_defaults(scan=False)
   parser.add_argument("--batch", type=int, default=8, help="images of a step")
   parser.add_argument("--statements", type=int, nargs="+", default=(1, 4), help="texts per image")
   args = parser.parse_args()

@@ -187,9 +187,11 @@ class GenerativeStudent(nnx.Module):
 
   def generate(self, sight: Sight, prompts: Prompted, decoding: Decoding, key=None) -> Generated:
     """Writes one text after each prompt."""
+    parts = self.decoder.parts()
+
     def write(cache: Cache, tokens, before, place, lineage) -> tuple[jax.Array, Any]:
       x = self.words(sight, tokens[..., None], before[..., None])
-      states, cache = self.decoder.write(prompts.memory, x, cache, place, lineage)
+      states, cache = self.decoder.write(prompts.memory, x, cache, place, lineage, parts)
       return self.decoder.logits(states)[:, :, 0], cache
     cache = self.decoder.cache(prompts.first.shape[0], decoding.beams, 1 + decoding.max_tokens)
     return generate_after(write, cache, prompts, decoding, key)

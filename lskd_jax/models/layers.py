@@ -154,12 +154,13 @@ class Stack(nnx.Module):
     self.depth, self.remat, self.scan = depth, remat, scan
     self.blocks = jax.vmap(make_block)(rngs.split(depth))
 
-  def __call__(self, apply: Callable, carry, inputs=None):
+  def __call__(self, apply: Callable, carry, inputs=None, parts=None):
     """Runs `apply(block, carry, input) -> (carry, output)` block after block.
 
     Args:
       carry: a pytree handed from block to block.
       inputs: a pytree whose leaves have a leading axis of `depth`, or None.
+      parts: what `self.parts()` returned, for a loop around the stack.
 
     Returns:
       The last carry, and the outputs stacked on axis 0.
@@ -171,10 +172,19 @@ class Stack(nnx.Module):
     if self.scan:
       return jax.lax.scan(body, carry, (self.blocks, inputs))
     outputs = []
-    for i in range(self.depth):
-      carry, output = body(carry, jax.tree.map(lambda a: a[i], (self.blocks, inputs)))
+    for i, block in enumerate(parts or self.parts()):
+      carry, output = body(carry, (block, jax.tree.map(lambda a: a[i], inputs)))
       outputs.append(output)
     return carry, jax.tree.map(lambda *leaves: jnp.stack(leaves), *outputs)
+
+  def parts(self) -> list | None:
+    """The blocks one by one, None for a stack that scans.
+
+    Taking them from the stack copies their parameters on CPUs, so a loop does it once, outside.
+    """
+    if self.scan:
+      return None
+    return [jax.tree.map(lambda a: a[i], self.blocks) for i in range(self.depth)]
 
   def map(self, apply: Callable, *shared):
     """`apply(block, *shared)` for every block, outputs stacked on axis 0."""

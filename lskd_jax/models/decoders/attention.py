@@ -15,6 +15,7 @@ Both decoders are used the same way:
   decoder.cache(batch, rows, places)     -> an empty Cache
   decoder.write(memory, x)               [B, S, T, E] -> states [B, S, T, D], None: whole texts
   decoder.write(memory, x, cache, at, lineage)  the next T tokens of each row -> states, Cache
+  decoder.parts()                        -> what a loop hands to `write`, so that blocks are cut once
   decoder.logits(states)                 [..., D] -> float32[..., V]
 """
 from typing import NamedTuple

@@ -118,13 +118,17 @@ class Opt(nnx.Module):
     return attention.empty_cache(size.depth, batch, size.heads, places, rows,
                                  size.width // size.heads, self.dtype)
 
-  def write(self, memory: Memory, x: jax.Array, cache: Cache | None = None, at=0,
-            lineage=None) -> tuple[jax.Array, Cache | None]:
+  def parts(self) -> list | None:
+    """For a loop of `write`: see `Stack.parts`."""
+    return self.stack.parts()
+
+  def write(self, memory: Memory, x: jax.Array, cache: Cache | None = None, at=0, lineage=None,
+            parts=None) -> tuple[jax.Array, Cache | None]:
     """Continuations of the prompts.
 
     Args:
       x: [B, S, T, E]: whole texts, or with a cache the next T tokens.
-      cache, at, lineage: as `attention.own_source` takes them.
+      cache, at, lineage: as `attention.own_source` takes them. parts: of `self.parts()`.
 
     Returns:
       states [B, S, T, D], from which `logits` tells what follows each token; and the cache.
@@ -140,7 +144,7 @@ class Opt(nnx.Module):
       x, cache, _ = block(x, Source(keys, values, mask), own)
       return (x, cache, layer + 1), None
     start = (self._enter(x, places), cache, jnp.zeros((), jnp.int32))
-    (x, cache, _), _ = self.stack(apply, start, (memory.keys, memory.values))
+    (x, cache, _), _ = self.stack(apply, start, (memory.keys, memory.values), parts)
     return x, cache
 
   def logits(self, states: jax.Array) -> jax.Array:

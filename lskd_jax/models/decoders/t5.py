@@ -212,14 +212,18 @@ class T5(nnx.Module):
     return attention.empty_cache(config.decoder_depth, batch, config.heads, places, rows, config.head,
                                  self.dtype)
 
-  def write(self, memory: Memory, x: jax.Array, cache: Cache | None = None, at=0,
-            lineage=None) -> tuple[jax.Array, Cache | None]:
+  def parts(self) -> list | None:
+    """For a loop of `write`: see `Stack.parts`."""
+    return self.decoder.stack.parts()
+
+  def write(self, memory: Memory, x: jax.Array, cache: Cache | None = None, at=0, lineage=None,
+            parts=None) -> tuple[jax.Array, Cache | None]:
     """Continuations of the prompts.
 
     Args:
       x: [B, S, T, D], the decoder's inputs; the first of a continuation is `embed(config.start)`.
         Whole texts, or with a cache the next T tokens.
-      cache, at, lineage: as `attention.own_source` takes them.
+      cache, at, lineage: as `attention.own_source` takes them. parts: of `self.parts()`.
 
     Returns:
       states float32[B, S, T, D], from which `logits` tells what follows each token; and the cache.
@@ -235,7 +239,7 @@ class T5(nnx.Module):
       x, cache = block(x, own, Source(*inputs, real))
       return (x, cache, layer + 1), None
     start = (x.astype(self.dtype), cache, jnp.zeros((), jnp.int32))
-    (x, cache, _), _ = self.decoder.stack(apply, start, (memory.keys, memory.values))
+    (x, cache, _), _ = self.decoder.stack(apply, start, (memory.keys, memory.values), parts)
     return self.decoder.norm(x), cache
 
   def logits(self, states: jax.Array) -> jax.Array:
