@@ -18,8 +18,7 @@ import peers
 import torch
 from transformers import OPTConfig, OPTForCausalLM
 
-from lskd_jax import parallel, trees
-from lskd_jax.convert import tables
+from lskd_jax import parallel
 from lskd_jax.convert.decoders import opt_table
 from lskd_jax.models.decoders.opt import Opt, OptConfig
 from lskd_jax.models.generate import Decoding, Start, generate
@@ -88,13 +87,7 @@ def make_peer(config: OptConfig) -> OPTForCausalLM:
 def make_opt(config: OptConfig, model: OPTForCausalLM, dtype: str):
   """Graph and state of ours with its weights, on the mesh in use."""
   graph, state = nnx.split(jax.jit(lambda: Opt(config, nnx.Rngs(0), jnp.dtype(dtype)))())
-  tensors = model.state_dict()
-  leaves = {name: np.array(leaf) for name, leaf in trees.named_leaves(state).items()}
-  for entry in opt_table(config, "", ""):
-    part = leaves[entry.ours][(*entry.at, ...)]
-    part[...] = tables.to_ours(entry, tensors[entry.theirs].cpu().numpy(), part.shape)
-  filled = iter(leaves.values())
-  return graph, jax.tree.map(lambda leaf: jax.device_put(next(filled), leaf.sharding), state)
+  return graph, peers.filled(state, opt_table(config, "", ""), model)
 
 
 def write_after(graph, decoding: Decoding, state, prompts: jax.Array) -> jax.Array:

@@ -154,18 +154,22 @@ def make_peer(config: StudentConfig, seed: int = 0) -> Blip2ForImageTextRetrieva
 
 def make_student(config: StudentConfig, model: Blip2ForImageTextRetrieval):
   """Graph and state of a student with the weights of `model`, on the mesh in use."""
-  tensors = {name: value.detach().float().cpu().numpy() for name, value in model.state_dict().items()}
   make = lambda: Student(config, np.zeros(config.qformer.vocabulary, bool),
                          np.full(config.qformer.vocabulary, -1), nnx.Rngs(0))
   graph, state = nnx.split(jax.jit(make)())
-  leaves = {name: np.array(value) for name, value in trees.named_leaves(state.filter(nnx.Param)).items()}
-  for entry in tables.student_table(config, SCHEME):
+  return graph, nnx.merge_state(state, filled(state.filter(nnx.Param),
+                                             tables.student_table(config, SCHEME), model))
+
+
+def filled(params, table: list[tables.Entry], model: torch.nn.Module):
+  """`params` with the weights of PyTorch's `model`, as a table places them."""
+  tensors = model.state_dict()
+  leaves = {name: np.array(value) for name, value in trees.named_leaves(params).items()}
+  for entry in table:
     part = leaves[entry.ours][(*entry.at, ...)]
-    part[...] = tables.to_ours(entry, tensors[entry.theirs], part.shape)
-  filled = iter(leaves.values())
-  params = jax.tree.map(lambda leaf: jax.device_put(next(filled), leaf.sharding),
-                        state.filter(nnx.Param))
-  return graph, nnx.merge_state(state, params)
+    part[...] = tables.to_ours(entry, tensors[entry.theirs].float().cpu().numpy(), part.shape)
+  values = iter(leaves.values())
+  return jax.tree.map(lambda leaf: jax.device_put(next(values), leaf.sharding), params)
 
 
 # --- the peer's passes ---------------------------------------------------------------------------

@@ -42,7 +42,7 @@ def load(directory: Path | str) -> "Predictor":
   mesh = parallel.make_mesh((1, 1), jax.local_devices()[:1])
   with jax.set_mesh(mesh):
     model = build.load(directory)
-    if model.kind not in ("student", "generative"):
+    if model.kind not in build.STUDENTS:
       raise DataError(f"{directory}: holds a {model.kind}; scoring texts needs a student")
     return Predictor(model, mesh)
 
@@ -186,7 +186,7 @@ class Predictor:
   def _length(self, texts: list[str]) -> int:
     """Tokens of a text row. DataError for a text with none, or with more than the model reads."""
     lengths = [len(words.encode(self.tokenizer, text)) + 2 for text in texts]  # [CLS] and [SEP]
-    longest, most = max(lengths), self.config.qformer.max_tokens
+    longest, most = max(lengths), self.config.max_tokens
     for text, length in zip(texts, lengths):
       if not 2 < length <= most:
         raise DataError(f"text {text!r:.60} has {length - 2} tokens; this model reads 1 to "
@@ -195,11 +195,7 @@ class Predictor:
 
   def _check_room(self, name: str, prompt: int, written: int) -> None:
     """DataError where a prompt and what follows it are longer than the model's positions."""
-    if not self._prompting.one_stream:
-      return  # T5 knows distances, not positions
-    config = self.config
-    most = (config.decoder.max_tokens - config.qformer.queries if self._generative else
-            config.qformer.max_tokens)
+    most = self.config.max_tokens
     if prompt + written > most:
       raise DataError(f"{name} has {prompt} tokens, and {written} follow; this model reads {most} in "
                       "all")

@@ -61,7 +61,7 @@ def critic_scores(model: Model, corpus: Corpus, cached=None,
 def statement_likelihoods(model: Model, corpus: Corpus, cached=None,
                           progress: bool = True) -> dict[str, Evidence]:
   """What a student says of every statement: {statement index: Evidence}. Else as above."""
-  found = _of_corpus(model, ("student", "generative"), corpus, cached, progress)
+  found = _of_corpus(model, build.STUDENTS, corpus, cached, progress)
   return {statement.index: Evidence(*values.tolist(), statement.source)
           for statement, values in found}
 
@@ -234,7 +234,7 @@ class _Row(NamedTuple):
 def speaker(model: Model) -> Callable[[dict], np.ndarray]:
   """A function from rows of arrays to float64[B, S, K]: of a critic P(accept), K = 1; of a student
   the numbers of `Evidence`, K = 4."""
-  if model.kind in ("student", "generative"):
+  if model.kind in build.STUDENTS:
     scorer = Scorer(model.graph, model.state, heads=False)
     return lambda arrays: evidence_features(scorer(arrays)["words"], arrays["fields"])
   if model.kind != "critic":

@@ -32,7 +32,7 @@ def run_scenes(model_dir: Path, data: Path, image_root: Path, out: Path) -> dict
     raise DataError(f"{data}: holds no items")
   with jax.set_mesh(parallel.make_mesh((1, 1), jax.local_devices()[:1])):
     model = build.load(model_dir)
-    if model.kind not in ("student", "generative"):
+    if model.kind not in build.STUDENTS:
       raise DataError(f"{model_dir}: holds a {model.kind}; this benchmark needs a student")
     size = model.config.vit.image_size
     items, pictures = _with_pictures(items, image_root)

@@ -27,10 +27,6 @@ PAD = 0           # of a student without a decoder
 class LskdStudent(Blip2ForImageTextRetrieval):
   """A student that matches texts with pictures."""
 
-  def __init__(self, config):
-    super().__init__(config)
-    self.vision_model.post_layernorm.eps = config.lskd["vision_eps"]
-
   @classmethod
   def from_pretrained(cls, folder, *args, **options):
     """As transformers', and with the region tokens and heads of `lskd.safetensors`."""
@@ -94,10 +90,6 @@ class LskdStudent(Blip2ForImageTextRetrieval):
 class LskdGenerative(Blip2ForConditionalGeneration):
   """A student whose decoder, OPT or T5, writes about pictures."""
 
-  def __init__(self, config):
-    super().__init__(config)
-    self.vision_model.post_layernorm.eps = config.lskd["vision_eps"]
-
   @classmethod
   def from_pretrained(cls, folder, *args, **options):
     """As transformers', and with the region tokens of `lskd.safetensors`."""
@@ -159,8 +151,12 @@ class LskdGenerative(Blip2ForConditionalGeneration):
 
 
 def with_side_file(loaded, folder):
-  """A loaded model with the tensors of `lskd.safetensors`; kernels are [inputs, outputs]."""
+  """A loaded model as the student computes it, with the tensors of `lskd.safetensors`.
+
+  Kernels are [inputs, outputs].
+  """
   model = loaded[0] if isinstance(loaded, tuple) else loaded
+  model.vision_model.post_layernorm.eps = model.config.lskd["vision_eps"]
   for name, value in load_file(cached_file(folder, "lskd.safetensors")).items():
     model.register_buffer(name.replace("/", "__"), value.to(model.device), persistent=False)
   return loaded

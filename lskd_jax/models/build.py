@@ -23,7 +23,8 @@ from lskd_jax.models.critic import Critic
 from lskd_jax.models.generative import GenerativeConfig, GenerativeStudent, generative_config
 from lskd_jax.models.student import Student, StudentConfig, Table, Tagger, student_config
 
-KINDS = ("tagger", "student", "generative", "critic")
+STUDENTS = ("student", "generative")  # the kinds that score texts and write them
+KINDS = ("tagger", *STUDENTS, "critic")
 # Fields of a run's `model` that belong to one of the two configs alone.
 _STUDENTS = ("embed", "temperature", "decoder_start")
 _GENERATIVES = ("language_model", "decoder", "prompt")

@@ -10,7 +10,7 @@ from lskd_jax import trees
 from lskd_jax.convert import tables
 from lskd_jax.convert.decoders import OPT_IGNORED, opt_table
 from lskd_jax.models.decoders.opt import Opt, OptConfig
-from lskd_jax.models.generate import Start, generate
+from lskd_jax.models.generate import generate_after, prompted
 from lskd_jax.parallel import ACT_B
 from tests.lskd_jax.torch_blip2 import noise
 
@@ -69,16 +69,13 @@ def continuation(decoder, tokens, real, decoding, key=None, prompt_start=None):
     decoder = nnx.merge(graph, state)
     own = prompt_start is None
     memory = decoder.read(decoder.embed(tokens[:, :size - own]), real[:, :size - own])
-    first = tokens[:, -1] if own else jnp.full_like(tokens[:, -1], prompt_start)
+    stream = tokens if own else jnp.full_like(tokens[:, :1], prompt_start)
 
     def write(cache, tokens, before, place, lineage):
       x = decoder.embed(tokens)[:, :, None]
       states, cache = decoder.write(memory, x, cache, place, lineage)
       return decoder.logits(states)[:, :, 0], cache
-    rows = jnp.broadcast_to(first[:, None], (batch, decoding.beams))
     cache = decoder.cache(batch, decoding.beams, 1 + decoding.max_tokens)
-    logits, cache = write(cache, rows, rows, 0, None)
-    seen = jax.nn.one_hot(tokens, logits.shape[-1], dtype=bool).any(1)
-    seen = seen if own else jax.nn.one_hot(first, logits.shape[-1], dtype=bool)
-    return generate(write, Start(logits, cache, 1, first, seen), decoding, key)
+    prompts = prompted(memory, stream, decoder.words.shape[0])
+    return generate_after(write, cache, prompts, decoding, key)
   return jax.tree.map(np.asarray, run(state, tokens, real, jax.random.key(0) if key is None else key))
