@@ -58,6 +58,7 @@ setup(
     extras_require={
         "test": [
             "pytest>=9,<10",
+            "pytest-xdist>=3.8,<4",  # tests on all cores: nearly all of their time is compilation
             # The reference that parity tests compare with: one exact version, so that a changed
             # kernel there cannot look like an error here. Its CPU build is enough.
             "torch==2.13.0",

@@ -20,5 +20,5 @@ def get_config():
   config.model.qformer.remat = "dots"    # recomputes what is cheap, so that more statements fit
   config.data.batch_size = 64
   config.data.statements = 4             # 256 statements a step, and a quarter of LSKD's ViT passes
-  config.train.mesh = (8, 1)
+  config.train.mesh.fsdp = 8
   return config

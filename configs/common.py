@@ -69,7 +69,8 @@ def get_config() -> ConfigDict:
       clip_norm=1.0, b1=0.9, b2=0.999, eps=1e-8, weight_decay=0.05))
 
   config.train = ConfigDict(dict(
-      mesh=(1, 1),               # devices: batch and parameters x heads and hidden widths
+      mesh=ConfigDict(dict(      # devices along each axis; see lskd_jax/parallel.py
+          slice=1, data=1, fsdp=1, tensor=1)),
       microbatches=1,            # gradient accumulation over statements; LM only
       frozen=("vit",),           # parts without gradients and optimizer state
       save_every=1000, keep=3, log_every=50, tensorboard=True))

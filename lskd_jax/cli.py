@@ -9,7 +9,7 @@ import os
 import sys
 
 import lskd_jax
-from lskd_jax.commands import corpus, models
+from lskd_jax.commands import corpus, models, training
 
 OURS = ("data_pipeline", "lskd_jax", "configs")
 
@@ -43,11 +43,12 @@ def read_arguments(argv: list[str]) -> argparse.Namespace:
   verbs = parser.add_subparsers(metavar="VERB", required=True)
   models.add_demo(verbs)
   corpus.add_verbs(verbs)
+  training.add_verbs(verbs)
   models.add_verbs(verbs)
   args, rest = parser.parse_known_args(argv)
   args.overrides = []
   for argument in rest:
-    if not (argument.startswith("--config.") and args.run is models.train):
+    if not (argument.startswith("--config.") and args.run is training.train):
       args.parser.error(f"unrecognized argument: {argument}")
     args.overrides.append(argument.removeprefix("--config."))
   return args

@@ -35,8 +35,9 @@ from lskd_jax.evaluate import scenes as benchmark
 from lskd_jax.evaluate.candidates import Scorer
 from lskd_jax.judged import judged_corpus
 from lskd_jax.models import build
+from lskd_jax.prepare import corpus_texts
 from lskd_jax.scoring import critic_scores, statement_likelihoods
-from lskd_jax.train import corpus_texts, train
+from lskd_jax.train import train
 
 HELD_OUT = {"dev": 1, "test": 2}   # seeds of the held-out pictures, beside the training pictures' 0
 PUBLISHED = "published/lck/default/1.0.0"

@@ -3,24 +3,29 @@
 The mesh is explicit (`jax.sharding.AxisType.Explicit`): an array's sharding is part of its type, a
 wrong spec is an error at trace time, and every collective is visible in the source as a `reshard`.
 
-Axes
-  fsdp    batch rows and parameters are split over it
-  tensor  heads and hidden widths are split over it
+Axes, from the slowest network to the fastest
+  slice   pods joined by the data centre's network: batch rows; parameters are whole on each slice
+  data    batch rows; parameters are whole on each of its groups
+  fsdp    batch rows and parameters
+  tensor  heads and hidden widths
 
 A spec's name spells the tensor's axes: b batch, s statement, t token, d model width, h heads,
 k width of one head, f hidden width. `ACT_` is an activation, `W_` a weight.
 """
+import math
+
 import jax
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec as P
 import numpy as np
 
-AXES = ("fsdp", "tensor")
+AXES = ("slice", "data", "fsdp", "tensor")
+BATCH = ("slice", "data", "fsdp")  # what batch rows are split over
 
 REPLICATED = P()
-ACT_B = P("fsdp")  # any activation whose first axis is the batch and whose rest is whole
-ACT_BTHK = P("fsdp", None, "tensor", None)
-ACT_BSTHK = P("fsdp", None, None, "tensor", None)
-ACT_BST3HK = P("fsdp", None, None, None, "tensor", None)
+ACT_B = P(BATCH)  # any activation whose first axis is the batch and whose rest is whole
+ACT_BTHK = P(BATCH, None, "tensor", None)
+ACT_BSTHK = P(BATCH, None, None, "tensor", None)
+ACT_BST3HK = P(BATCH, None, None, None, "tensor", None)
 W_DF = P("fsdp", "tensor")
 W_FD = P("tensor", "fsdp")
 W_DHK = P("fsdp", "tensor", None)
@@ -29,15 +34,16 @@ W_HKD = P("tensor", None, "fsdp")
 W_VD = P(None, "fsdp")  # an embedding table: rows whole, width split
 
 
-def make_mesh(shape: tuple[int, int] = (1, 1), devices=None) -> Mesh:
-  """A mesh of `fsdp` x `tensor` devices.
+def make_mesh(slice: int = 1, data: int = 1, fsdp: int = 1, tensor: int = 1, devices=None) -> Mesh:
+  """A mesh of slice x data x fsdp x tensor devices, each axis at least 1.
 
   Raises ValueError if there are fewer devices than the shape needs.
   """
   devices = list(jax.devices() if devices is None else devices)
-  needed = int(np.prod(shape))
+  shape = (slice, data, fsdp, tensor)
+  needed = math.prod(shape)
   if len(devices) < needed:
-    raise ValueError(f"mesh {shape[0]}x{shape[1]} needs {needed} devices, there are {len(devices)}: "
+    raise ValueError(f"mesh {'x'.join(map(str, shape))} needs {needed} devices, there are {len(devices)}: "
                      "set train.mesh to a smaller shape")
   grid = np.asarray(devices[:needed]).reshape(shape)
   return Mesh(grid, AXES, axis_types=(AxisType.Explicit,) * len(AXES))
@@ -59,7 +65,7 @@ def initialize(coordinator: str | None, processes: int, process_id: int) -> None
 
 
 def put_batch(batch: dict, mesh: Mesh) -> dict:
-  """Numpy rows of this process -> global arrays, split over `fsdp` along their first axis."""
+  """Numpy rows of this process -> global arrays, split along their first axis."""
   sharding = NamedSharding(mesh, ACT_B)
   return {name: jax.make_array_from_process_local_data(sharding, rows)
           for name, rows in batch.items()}

@@ -39,7 +39,7 @@ def load(directory: Path | str) -> "Predictor":
     CheckpointError: not a model directory, or a damaged one.
     DataError: a model of another kind, which cannot score texts.
   """
-  mesh = parallel.make_mesh((1, 1), jax.local_devices()[:1])
+  mesh = parallel.make_mesh(devices=jax.local_devices()[:1])
   with jax.set_mesh(mesh):
     model = build.load(directory)
     if model.kind not in build.STUDENTS:

@@ -149,7 +149,7 @@ def score_stages(source: Path | str, image_root: Path | str, model_dir: Path | s
   """
   out = Path(out)
   options = {"model": model_digest(model_dir)}
-  with jax.set_mesh(parallel.make_mesh((1, 1), jax.local_devices()[:1])):
+  with jax.set_mesh(parallel.make_mesh(devices=jax.local_devices()[:1])):
     model = build.load(model_dir)
     if model.kind == "critic":
       summary = say_stage(model, "score", source, image_root, out, options)

@@ -26,7 +26,7 @@ ORDER = [
     ["lskd_jax.losses"],
     ["lskd_jax.step"],
     # What a run needs besides the step: models from directories, cached features, judgements.
-    ["lskd_jax.models.build", "lskd_jax.features", "lskd_jax.judged"],
+    ["lskd_jax.models.build", "lskd_jax.prepare", "lskd_jax.features", "lskd_jax.judged"],
     ["lskd_jax.train", "lskd_jax.evaluate", "lskd_jax.convert"],
     ["lskd_jax"],  # everything else: commands and what users call
 ]

@@ -19,7 +19,7 @@ from lskd_jax.models.decoders.opt import OPT_2_7B
 from lskd_jax.models.generative import GenerativeStudent
 from lskd_jax.models.student import Student, Tagger
 from lskd_jax.models.vit import CLIP_VIT_L, EVA_VIT_G
-from lskd_jax.train import loader_options
+from lskd_jax.prepare import loader_options
 
 FOLDER = Path(common.__file__).parent
 ALL = sorted(path.stem for path in FOLDER.glob("[a-z]*.py"))
@@ -94,7 +94,7 @@ def test_the_model_of_a_config_can_be_built_and_trained(name):
           "student": lambda rngs: Student(about, *tables, rngs),
           "generative": lambda rngs: GenerativeStudent(about, *tables, rngs),
           "critic": lambda rngs: Critic(Student(about, *tables, rngs), rngs)}[config.task]
-  with jax.set_mesh(parallel.make_mesh((1, 1))):
+  with jax.set_mesh(parallel.make_mesh()):
     model = nnx.eval_shape(lambda: make(nnx.Rngs(0)))
     _, params, frozen = step.split(model, tuple(config.train.frozen))
     state = jax.eval_shape(lambda p: step.init_state(p, optim.optimizer(config.optim)), params)
@@ -110,7 +110,7 @@ def test_the_defaults_are_of_the_size_of_blip_2():
   config = common.get_config()
   about = run_config("student", config.model.to_dict())
   tables = np.zeros(about.qformer.vocabulary, bool), np.zeros(about.qformer.vocabulary, np.int32)
-  with jax.set_mesh(parallel.make_mesh((1, 1))):
+  with jax.set_mesh(parallel.make_mesh()):
     model = nnx.eval_shape(lambda: Student(about, *tables, nnx.Rngs(0)))
   d, f = 1408, 6144
   block = (4 * d * d + 4 * d) + (2 * d * f + f + d) + 4 * d  # attention, MLP, two norms

@@ -30,7 +30,7 @@ def run_scenes(model_dir: Path, data: Path, image_root: Path, out: Path) -> dict
   items = read_items(data)
   if not items:
     raise DataError(f"{data}: holds no items")
-  with jax.set_mesh(parallel.make_mesh((1, 1), jax.local_devices()[:1])):
+  with jax.set_mesh(parallel.make_mesh(devices=jax.local_devices()[:1])):
     model = build.load(model_dir)
     if model.kind not in build.STUDENTS:
       raise DataError(f"{model_dir}: holds a {model.kind}; this benchmark needs a student")

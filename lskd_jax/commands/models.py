@@ -1,8 +1,7 @@
-"""`lskd demo`, `train`, `eval`, `score`, `ask`, `import` and `export`."""
+"""`lskd demo`, `eval`, `score`, `ask`, `import` and `export`."""
 import json
 from pathlib import Path
 
-from lskd_jax.commands import folders
 from lskd_jax.commands.arguments import add_verb, box, count, image_size, number, seed
 
 
@@ -20,19 +19,6 @@ def add_demo(verbs) -> None:
 
 def add_verbs(verbs) -> None:
   """Declares the others."""
-  p = add_verb(verbs, "train", train, "train or resume a student or a critic",
-               "lskd train --config configs/scenes_student.py --config.optim.steps=900 "
-               "--workdir runs/student")
-  p.add_argument("--config", required=True, type=Path, metavar="FILE",
-                 help="Python file with get_config(); --config.key=value changes a value")
-  p.add_argument("--workdir", required=True, type=Path, metavar="DIR",
-                 help="checkpoints, metrics and at the end DIR/model; the same again resumes")
-  group = p.add_argument_group("several processes, one per host")
-  group.add_argument("--processes", type=count, default=1, metavar="N")
-  group.add_argument("--process-id", type=seed, default=0, metavar="I", help="0 to N - 1")
-  group.add_argument("--coordinator", metavar="HOST:PORT",
-                     help="of process 0; not needed on TPU pods")
-
   p = add_verb(verbs, "eval", evaluate, "score a benchmark",
                "lskd eval --model runs/student/model --benchmark scenes --data test.jsonl "
                "--images runs/test/images --out runs/test/results")
@@ -131,21 +117,6 @@ def demo(args) -> None:
   from lskd_jax import demo as whole
   whole.run(workdir=args.workdir, quick=args.quick, full=args.full, seed=args.seed,
             seeds=args.seeds)
-
-
-def train(args) -> None:
-  """Trains or resumes what a config file describes."""
-  from lskd_jax.config_files import load_config
-  config = load_config(args.config, args.overrides)  # before anything slow
-  corpus = Path(config.data.corpus)
-  if (corpus / "stage.json").exists() and not config.data.image_root:
-    config.data.image_root = str(folders.image_root(corpus, needed=False) or "")
-  from lskd_jax import parallel
-  from lskd_jax.train import train as run
-  parallel.initialize(args.coordinator, args.processes, args.process_id)
-  done = run(config, args.workdir)
-  if args.process_id == 0:
-    print(f"train: {done.steps} steps; the model is in {done.model}")
 
 
 def evaluate(args) -> None:

@@ -11,7 +11,7 @@ from flax import nnx
 import jax
 import jax.numpy as jnp
 
-from lskd_jax.parallel import ACT_B, REPLICATED, W_DF, W_FD
+from lskd_jax.parallel import ACT_B, BATCH, REPLICATED, W_DF, W_FD
 
 REMAT_POLICIES = {
     "full": jax.checkpoint_policies.nothing_saveable,
@@ -68,7 +68,7 @@ def layer_norm(width: int, eps: float, rngs) -> nnx.LayerNorm:
 
 
 def reshape(x: jax.Array, *shape: int) -> jax.Array:
-  """Reshapes all but the batch axis, which stays first and split over `fsdp`."""
+  """Reshapes all but the batch axis, which stays first and split over devices."""
   return jax.lax.reshape(x, shape, out_sharding=ACT_B)
 
 
@@ -105,7 +105,7 @@ class Mlp(nnx.Module):
 
   def __call__(self, x: jax.Array) -> jax.Array:
     """[B, ..., D] -> [B, ..., D]."""
-    hidden_spec = jax.P("fsdp", *(None,) * (x.ndim - 2), "tensor")
+    hidden_spec = jax.P(BATCH, *(None,) * (x.ndim - 2), "tensor")
     return self.down(ACTIVATIONS[self.activation](self.up(x, hidden_spec)))
 
 

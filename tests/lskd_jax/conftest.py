@@ -18,5 +18,5 @@ os.environ["XLA_FLAGS"] = (os.environ.get("XLA_FLAGS", "") + " --xla_backend_opt
 @pytest.fixture(scope="module")
 def one_device():
   """A 1x1 mesh for a whole file: `pytestmark = pytest.mark.usefixtures("one_device")`."""
-  with jax.set_mesh(make_mesh((1, 1))):
+  with jax.set_mesh(make_mesh()):
     yield

@@ -84,8 +84,8 @@ def test_a_model_directory_is_loaded_onto_a_mesh(imported):
   model, _, directory = imported("opt")
   pixels, (prompt, real) = pictures(model), left_padded(PROMPTS, PAD)
   decoding = Decoding(8, beams=3, ends=(END,), pad=PAD)
-  alone, split = (ours(directory, pixels, prompt, real, decoding=decoding, mesh=mesh)
-                  for mesh in ((1, 1), (2, 2)))
+  alone, split = (ours(directory, pixels, prompt, real, decoding=decoding, fsdp=n, tensor=n)
+                  for n in (1, 2))
   assert alone.tokens.tolist() == split.tokens.tolist()
   np.testing.assert_allclose(alone.scores, split.scores, rtol=1e-5)
 

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from lskd_jax.models import layers
-from lskd_jax.parallel import W_DHK, W_HKD, make_mesh, put_batch
+from lskd_jax.parallel import ACT_BTHK, W_DHK, W_HKD, make_mesh, put_batch
 
 pytestmark = pytest.mark.usefixtures("one_device")
 
@@ -81,7 +81,7 @@ def test_dense_makes_heads_and_takes_them_back():
   merge = layers.Dense((2, 3), (6,), W_HKD, join, bias=False)
   split.bias[...] = jnp.arange(6.0).reshape(2, 3)
   x = np.random.default_rng(0).normal(size=(2, 4, 6)).astype(np.float32)
-  heads = split(x, jax.P("fsdp", None, "tensor", None))
+  heads = split(x, ACT_BTHK)
   expected = np.einsum("btd,dhk->bthk", x, split.kernel[...]) + np.arange(6.0).reshape(2, 3)
   np.testing.assert_allclose(heads, expected, atol=1e-6)
   np.testing.assert_allclose(merge(heads), np.einsum("bthk,hkd->btd", heads, merge.kernel[...]),
@@ -133,7 +133,7 @@ def test_dropout_is_off_in_evaluation_and_at_rate_zero():
 
 def test_dropout_does_not_depend_on_the_mesh():
   mask = np.asarray(layers.dropout(jnp.ones((8, 16)), 0.5, jax.random.key(0)))
-  mesh = make_mesh((8, 1))
+  mesh = make_mesh(fsdp=8)
   with jax.set_mesh(mesh):
     x = put_batch({"x": np.ones((8, 16), np.float32)}, mesh)["x"]
     np.testing.assert_array_equal(layers.dropout(x, 0.5, jax.random.key(0)), mask)

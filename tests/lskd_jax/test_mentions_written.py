@@ -10,7 +10,7 @@ from lskd_jax.models.decoders.opt import OptConfig
 from lskd_jax.models.decoders.t5 import T5Config
 from lskd_jax.models.generate import Decoding
 from lskd_jax.models.generative import GenerativeConfig, GenerativeStudent
-from lskd_jax.parallel import put_batch
+from lskd_jax.parallel import ACT_B, put_batch
 from tests.lskd_jax import tiny
 from tests.lskd_jax.tiny import BRACKET, CLOSE, DIGIT, DIGITS, OPENS_BRACKET, QFORMER, VIT, VOCABULARY
 from tests.lskd_jax.torch_decoders import left_padded
@@ -100,7 +100,7 @@ def test_mentions_that_are_written_carry_their_regions(kind, beams):
   def both(student, sight, image, batch):
     read = student.read(sight, image, batch["prompt"], batch["real"])
     found = student.generate(sight, read, decoding)
-    tokens = jax.sharding.reshard(found.tokens, jax.P("fsdp"))
+    tokens = jax.sharding.reshard(found.tokens, ACT_B)
     return found, student.likelihoods(sight, read, tokens[:, None])[:, 0]
   found, words = run(module, both, prompt=prompt, real=real)
   opened = np.concatenate([prompt[:, -1:] if kind == "opt" else 0 * prompt[:, -1:], found.tokens], 1)

@@ -14,7 +14,7 @@ MESHES = [(1, 1), (8, 1), (2, 4)]
 
 def one_step(shape):
   """Parameters filled by name and placed on the mesh, one step on the same batch and key."""
-  with jax.set_mesh(make_mesh(shape)):
+  with jax.set_mesh(make_mesh(fsdp=shape[0], tensor=shape[1])):
     train, state, frozen = tiny.training(tiny.student())
     before = shardings(state)
     state, metrics = train(state, frozen, tiny.put(tiny.batch(images=8)), jax.random.key(3))
@@ -72,5 +72,5 @@ def test_parameters_and_their_moments_are_split_as_named(results):
 
 
 def test_a_mesh_needs_its_devices():
-  with pytest.raises(ValueError, match="mesh 4x4 needs 16 devices, there are 8: set train.mesh"):
-    make_mesh((4, 4))
+  with pytest.raises(ValueError, match="mesh 1x1x4x4 needs 16 devices, there are 8: set train.mesh"):
+    make_mesh(fsdp=4, tensor=4)

@@ -28,13 +28,13 @@ def folder(tmp_path_factory):
 
 @pytest.fixture(autouse=True)
 def mesh():
-  with jax.set_mesh(parallel.make_mesh((1, 1), jax.devices()[:1])):
+  with jax.set_mesh(parallel.make_mesh(devices=jax.devices()[:1])):
     yield
 
 
 @pytest.fixture(scope="module")
 def student(folder):
-  with jax.set_mesh(parallel.make_mesh((1, 1), jax.devices()[:1])):
+  with jax.set_mesh(parallel.make_mesh(devices=jax.devices()[:1])):
     return build.load(folder / "student")
 
 

@@ -104,8 +104,8 @@ def test_blocks_without_cross_attention_keep_their_own(one_device):
 
 
 def test_on_several_devices_the_same_is_written():
-  with jax.set_mesh(make_mesh((1, 1))):
+  with jax.set_mesh(make_mesh()):
     expected = written(student(), PROMPTS, decoding("beams"), images(4))
-  with jax.set_mesh(make_mesh((2, 2))):
+  with jax.set_mesh(make_mesh(fsdp=2, tensor=2)):
     found = written(student(), PROMPTS, decoding("beams"), images(4))
   assert found.tokens.tolist() == expected.tokens.tolist()

@@ -222,7 +222,7 @@ def test_numbers_do_not_depend_on_the_mesh(theirs, model, scan):
   """Rows over two devices, heads, hidden widths and caches over four; scanned or unrolled."""
   inputs = make_inputs(BLIP2, rows=2)
   want = numbers(whole, model, inputs)
-  with jax.set_mesh(parallel.make_mesh((2, 4))):
+  with jax.set_mesh(parallel.make_mesh(fsdp=2, tensor=4)):
     split = torch_t5.ours(theirs, BLIP2, scan=scan)
     assert_near(numbers(whole, split, inputs)[2], want[2], 1e-5)
     assert_near(numbers(stepwise, split, inputs), want[1], 1e-5)

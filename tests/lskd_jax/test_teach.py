@@ -112,7 +112,7 @@ def steps(kind, theirs):
   assert words[:2].sum() != words[2:].sum()
   rate, metrics = 0.05, []
   sgd = optax.sgd(rate)
-  with jax.set_mesh(parallel.make_mesh((2, 1))):
+  with jax.set_mesh(parallel.make_mesh(fsdp=2)):
     graph, params, frozen = step.split(torch_teach.ours(theirs, torch_teach.config_of(kind)), FROZEN)
     before = {name: np.array(leaf) for name, leaf in trees.named_leaves(params).items()}
     train = step.make_train_step(graph, sgd, objective, {"lm": 1.0}, 2)

@@ -17,7 +17,8 @@ from lskd_jax import checkpoint, parallel
 from lskd_jax.evaluate.candidates import Scorer
 from lskd_jax.metrics import read_metrics
 from lskd_jax.models import build
-from lskd_jax.train import Run, first_difference, needs_more, sized, train
+from lskd_jax.prepare import first_difference, sized
+from lskd_jax.train import Run, needs_more, train
 from lskd_jax.trees import named_leaves
 
 RATES = {"steps_per_second", "images_per_second", "statements_per_second", "data_wait_share", "mfu"}
@@ -279,7 +280,7 @@ def test_the_log_has_losses_evaluations_and_rates(student):
 
 def test_the_model_directory_speaks_as_the_trained_state(student):
   workdir, watch = student
-  with jax.set_mesh(parallel.make_mesh((1, 1))):
+  with jax.set_mesh(parallel.make_mesh()):
     model = build.load(workdir / "model")
     found = likelihoods(model.graph, model.state)
   assert model.kind == "student" and np.isfinite(found).all()
@@ -332,7 +333,7 @@ def test_a_critic_learns_judgements_from_the_students_features(folder, student, 
     (dict(train=dict(frozen=()), data=dict(cache_features=True)), "add 'vit' to train.frozen"),
     (dict(data=dict(cache_features=True, region_mode="overlay")), "images=False has no pixels"),
     (dict(task="teacher"), "task 'teacher' is unknown: choose tagger, student, generative, critic"),
-    (dict(train=dict(mesh=(64, 1))), "mesh 64x1 needs 64 devices, .* set train.mesh"),
+    (dict(train=dict(mesh=dict(fsdp=64))), "mesh 1x1x64x1 needs 64 devices, .* set train.mesh"),
     (dict(task="tagger", train=dict(microbatches=2)), "train.microbatches=2: a tagger"),
     (dict(task="critic", data=dict(texts=dict(captions=0.1))), "data.texts.captions=0.1: a critic"),
 ])

@@ -21,7 +21,7 @@ from lskd_jax import checkpoint, parallel, scoring
 from lskd_jax.commands import benchmarks
 from lskd_jax.models import build
 from lskd_jax.models.generative import generative_config
-from lskd_jax.train import corpus_texts, sized
+from lskd_jax.prepare import corpus_texts, sized
 from lskd_jax.trees import named_leaves, read_manifest
 from tests.decoder_tokenizers import train_bpe, train_unigram
 from tests.lskd_jax import tiny
@@ -56,7 +56,7 @@ def start_model(folder, kind, tokenizer):
     vit=dict(image_size=48, patch=12, width=16, depth=1, heads=2, hidden=32, scan=False),
     qformer=dict(width=16, depth=1, cross_every=1, heads=2, hidden=32, queries=2, scan=False),
     max_regions=6, language_model=kind, decoder=decoder))
-  with jax.set_mesh(parallel.make_mesh((1, 1), jax.devices()[:1])):
+  with jax.set_mesh(parallel.make_mesh(devices=jax.devices()[:1])):
     state = nnx.split(tiny.filled(build.maker("generative", config, tokenizer)))[1]
     build.save(folder, "generative", config, state, folder.parent / f"tokenizer {kind}")
 
@@ -150,7 +150,7 @@ def test_the_model_directory_scores_statements(folder, cached, trained):
   assert about["kind"] == "generative" and about["model"]["prompt"] == "question: {question} answer:"
   records = list(stages.read_records(folder / "taught"))
   corpus = corpus_of(records, folder / "words" / "images")
-  with jax.set_mesh(parallel.make_mesh((1, 1), jax.devices()[:1])):
+  with jax.set_mesh(parallel.make_mesh(devices=jax.devices()[:1])):
     before, after = (scoring.statement_likelihoods(build.load(model), corpus, progress=False)
                      for model in (cached / "model", trained / "model"))
   assert set(after) == {s.index for r in records for s in r.statements}

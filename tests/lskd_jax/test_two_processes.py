@@ -21,7 +21,7 @@ from lskd_jax.trees import named_leaves
 ROOT = Path(__file__).resolve().parents[2]
 
 
-def config_for(folder, mesh, task):
+def config_for(folder, devices, task):
   """One step of a tiny model, a student with ITC, ITM and LM; a batch of four pictures in all."""
   config = scenes.get_config()
   config.task = task
@@ -35,7 +35,8 @@ def config_for(folder, mesh, task):
     config.data.texts.update(statements=0.0, captions=0.5, descriptions=0.5)
   # Adam's first step is g / (|g| + eps). Of a key's bias g is 0 but for rounding: it must not count.
   config.optim.update(warmup_steps=0, steps=1, eps=1e-3)
-  config.train.update(mesh=mesh, tensorboard=False, log_every=1)
+  config.train.mesh.fsdp = devices
+  config.train.update(tensorboard=False, log_every=1)
   return config
 
 
@@ -58,7 +59,7 @@ def test_two_processes_train_as_one(tmp_path, task, logged):
     processes = [subprocess.Popen([sys.executable, __file__, port, str(i), str(tmp_path), task],
                                   env=environment, stdout=log, stderr=log) for i in (0, 1)]
     try:
-      train(config_for(tmp_path, (1, 1), task), tmp_path / "one", progress=False)
+      train(config_for(tmp_path, 1, task), tmp_path / "one", progress=False)
       codes = [process.wait(timeout=300) for process in processes]
     finally:
       for process in processes:
@@ -78,4 +79,4 @@ def test_two_processes_train_as_one(tmp_path, task, logged):
 if __name__ == "__main__":
   port, number, folder, task = sys.argv[1:]
   parallel.initialize(f"localhost:{port}", 2, int(number))
-  train(config_for(Path(folder), (2, 1), task), Path(folder) / "two", progress=False)
+  train(config_for(Path(folder), 2, task), Path(folder) / "two", progress=False)

@@ -65,7 +65,7 @@ def make_model(folder, kind="student", region_mode="tokens", image_size=48, clos
     values = 0 * values if name.rsplit("/", 1)[-1] in closed else values
     return np.asarray(values + ("scale" in name), leaf.dtype)
 
-  with jax.set_mesh(parallel.make_mesh((1, 1), jax.devices()[:1])):
+  with jax.set_mesh(parallel.make_mesh(devices=jax.devices()[:1])):
     make = build.maker(kind, config, tokenizer)
     shapes = nnx.split(nnx.eval_shape(lambda: make(nnx.Rngs(0))))[1].filter(nnx.Param)
   build.save(folder, kind, config, jax.tree_util.tree_map_with_path(random, shapes),

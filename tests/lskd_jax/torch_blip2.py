@@ -70,7 +70,7 @@ def their_features(model, pixels, **embedding):
 
 def our_features(directory, pixels):
   """What the ViT of a model directory says of them."""
-  with jax.set_mesh(parallel.make_mesh((1, 1), jax.devices()[:1])):
+  with jax.set_mesh(parallel.make_mesh(devices=jax.devices()[:1])):
     model = build.load(directory)
     vit = nnx.merge(model.graph, model.state).vit
     batch = parallel.put_batch({"pixels": pixels}, jax.sharding.get_mesh())

@@ -85,11 +85,11 @@ def theirs_generated(model, pixels, prompt, real, **settings):
 
 
 def ours(directory, pixels, prompt, real, written=None, decoding: Decoding | None = None, boxes=(),
-         mesh=(1, 1)):
+         fsdp=1, tensor=1):
   """Likelihoods of `written` after the prompts, [B, T], or what is generated; every picture has the
   same boxes."""
   batch = len(pixels)
-  with jax.set_mesh(parallel.make_mesh(mesh)):
+  with jax.set_mesh(parallel.make_mesh(fsdp=fsdp, tensor=tensor)):
     model = build.load(directory)
     regions = model.config.max_regions
     rows = dict(pixels=pixels, prompt=prompt.astype(np.int32), real=real,

@@ -19,7 +19,7 @@ class Reference:
 
   def __init__(self, folder, row):
     self.tokenizer = AutoTokenizer.from_pretrained(folder / "tokenizer")
-    with jax.set_mesh(make_mesh((1, 1))):
+    with jax.set_mesh(make_mesh()):
       model = build.load(folder)
       student = nnx.merge(model.graph, model.state)
       batch = put_batch(row, jax.sharding.get_mesh())

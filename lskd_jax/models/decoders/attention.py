@@ -24,7 +24,7 @@ import jax
 import jax.numpy as jnp
 
 from lskd_jax.models import layers
-from lskd_jax.parallel import ACT_B, ACT_BSTHK
+from lskd_jax.parallel import ACT_B, ACT_BSTHK, BATCH
 
 
 class Memory(NamedTuple):
@@ -81,7 +81,7 @@ def empty_cache(depth: int, batch: int, heads: int, places: int, rows: int, widt
                 dtype) -> Cache:
   """A Cache for `places` tokens of `rows` continuations of each of `batch` prompts."""
   shape = (depth, batch, heads, places, rows, width)
-  spec = jax.P(None, "fsdp", "tensor")
+  spec = jax.P(None, BATCH, "tensor")
   return Cache(*(jnp.zeros(shape, dtype, out_sharding=spec) for _ in range(2)))
 
 
@@ -119,6 +119,6 @@ def own_source(keys: jax.Array, values: jax.Array, bias=None, cache: Cache | Non
   def of_block(whole):
     block = jax.lax.dynamic_index_in_dim(whole, layer, keepdims=False)
     return jax.lax.reshape(block, (batch, heads, places * rows, width),
-                           out_sharding=jax.P("fsdp", "tensor"))
+                           out_sharding=jax.P(BATCH, "tensor"))
   bias = None if bias is None else jnp.repeat(bias, rows, -1)
   return Source(of_block(cache.keys), of_block(cache.values), mask, bias), cache

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from lskd_jax.models import layers
 from lskd_jax.models.decoders import attention
 from lskd_jax.models.decoders.attention import Cache, Memory, Source
-from lskd_jax.parallel import ACT_B, REPLICATED, W_DF, W_DHK, W_FD, W_HKD, W_VD
+from lskd_jax.parallel import ACT_B, BATCH, REPLICATED, W_DF, W_DHK, W_FD, W_HKD, W_VD
 
 OFFSET = 2  # positions start at this row of their table
 ACTIVATIONS = {"relu": jax.nn.relu, "gelu": layers.gelu}
@@ -70,7 +70,7 @@ class Block(nnx.Module):
     x = x + self.out(seen.swapaxes(2, 3))
     x = x if self.pre_norm else self.attention_norm(x).astype(x.dtype)
     y = self.forward_norm(x).astype(x.dtype) if self.pre_norm else x
-    hidden = ACTIVATIONS[self.activation](self.up(y, jax.P("fsdp", None, None, "tensor")))
+    hidden = ACTIVATIONS[self.activation](self.up(y, jax.P(BATCH, None, None, "tensor")))
     x = x + self.down(hidden)
     return (x if self.pre_norm else self.forward_norm(x).astype(x.dtype)), cache, (k, v)
 

@@ -17,7 +17,7 @@ import numpy as np
 from lskd_jax.models import layers
 from lskd_jax.models.decoders import attention
 from lskd_jax.models.decoders.attention import Cache, Memory, Source
-from lskd_jax.parallel import ACT_B, REPLICATED, W_DF, W_DHK, W_FD, W_HKD, W_VD
+from lskd_jax.parallel import ACT_B, BATCH, REPLICATED, W_DF, W_DHK, W_FD, W_HKD, W_VD
 
 ACTIVATIONS = {  # by transformers' names, which config.json files use
     "gelu": layers.gelu,
@@ -109,7 +109,7 @@ class FeedForward(nnx.Module):
 
   def __call__(self, x: jax.Array) -> jax.Array:
     """[B, S, T, D] -> [B, S, T, D]."""
-    act, spec = ACTIVATIONS[self.activation], jax.P("fsdp", None, None, "tensor")
+    act, spec = ACTIVATIONS[self.activation], jax.P(BATCH, None, None, "tensor")
     up = self.up(x, spec)
     return self.down(act(up) if self.gate is None else act(self.gate(x, spec)) * up)
 
