@@ -122,7 +122,8 @@ def durable_step(workdir: Path | str) -> int | None:
 
 
 def supervise(command: list[str], processes: int, workdir: Path | str, *, devices: int = 1,
-              budgets: Budgets = DEFAULT, linger: float = 30.0) -> int:
+              budgets: Budgets = DEFAULT, linger: float = 30.0,
+              environment: dict[str, str] | None = None) -> int:
   """Runs `command` as the processes of one run on this machine, and again under the policy.
 
   Each process gets `--processes N --process-id I --coordinator localhost:PORT` and its own set of
@@ -133,6 +134,7 @@ def supervise(command: list[str], processes: int, workdir: Path | str, *, device
   Args:
     linger: seconds that the others have to end by themselves once one process ended with a code
       other than 0. Then they get SIGTERM, and a third of that later SIGKILL.
+    environment: variables beside those of this process.
 
   Returns the run's exit code; raises OSError if the command cannot be started.
   """
@@ -140,13 +142,16 @@ def supervise(command: list[str], processes: int, workdir: Path | str, *, device
   logs.mkdir(parents=True, exist_ok=True)
   say = _reporter(logs / "supervisor.log")
   tally, starts = Tally(), 0
+  # A progress bar is written at once, and not when a buffer is full.
+  variables = {**os.environ, **(environment or {}), "JAX_NUM_CPU_DEVICES": str(devices),
+               "PYTHONUNBUFFERED": "1"}
   with _caught_signals() as caught:
     while True:
       starts += 1
       before = durable_step(workdir)
       say(f"start {starts}: {processes} process{'es' if processes > 1 else ''} with {devices} CPU "
           f"device{'s' if devices > 1 else ''} each, logs in {logs}")
-      codes = _run_once(command, processes, devices, logs, linger, caught, say)
+      codes = _run_once(command, processes, variables, logs, linger, caught, say)
       decision = decide(codes, before, durable_step(workdir), tally, budgets)
       if caught:
         say(f"stopped by {caught[0].name}: ends with {describe(decision.code)}")
@@ -162,11 +167,9 @@ def supervise(command: list[str], processes: int, workdir: Path | str, *, device
         return decision.code
 
 
-def _run_once(command, processes, devices, logs: Path, linger, caught, say) -> list[int]:
+def _run_once(command, processes, variables: dict, logs: Path, linger, caught, say) -> list[int]:
   """Starts all processes and waits for them; their codes in the order in which they ended."""
   place = f"localhost:{_free_port()}"
-  # A progress bar is written at once, and not when a buffer is full.
-  environment = {**os.environ, "JAX_NUM_CPU_DEVICES": str(devices), "PYTHONUNBUFFERED": "1"}
   running, codes = {}, []
   deadline, next_signal, passed_on = None, signal.SIGTERM, 0
   with contextlib.ExitStack() as stack, selectors.DefaultSelector() as outputs:
@@ -175,7 +178,7 @@ def _run_once(command, processes, devices, logs: Path, linger, caught, say) -> l
         log = stack.enter_context((logs / f"process-{i}.log").open("ab", buffering=0))
         child = subprocess.Popen(
             [*command, "--processes", str(processes), "--process-id", str(i), "--coordinator", place],
-            env=environment, stdin=subprocess.DEVNULL, start_new_session=True, preexec_fn=_end_with_parent,
+            env=variables, stdin=subprocess.DEVNULL, start_new_session=True, preexec_fn=_end_with_parent,
             stdout=log if i else subprocess.PIPE, stderr=log if i else subprocess.PIPE)
         running[i] = child
         if i == 0:
