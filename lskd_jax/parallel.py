@@ -59,6 +59,7 @@ def initialize(coordinator: str | None, processes: int, process_id: int) -> None
   """
   if processes == 1:
     return
+  jax.config.update("jax_enable_preemption_service", False)  # SIGTERM is ours: lskd_jax/preemption.py
   jax.distributed.initialize(coordinator, processes, process_id)
   if jax.process_count() != processes:
     raise RuntimeError(f"{jax.process_count()} processes joined, {processes} were announced")
