@@ -153,7 +153,7 @@ class Preemption:
       return
     self._agree("stop", self._stop)
     self._agree("save", self._save)
-    if self.stopping and time.monotonic() > self._stop.since + self._grace:
+    if self.stopping and not self._closed.is_set() and time.monotonic() > self._stop.since + self._grace:
       self._end(f"no save within train.grace={self._grace:g} seconds")
 
   def _agree(self, kind: str, agreement: Agreement) -> None:
@@ -175,7 +175,7 @@ class Preemption:
     proposals = {int(i): int(step) for i, step in store.list(f"{name}/proposal").items()}
     if kind == "stop" and NOWHERE in proposals.values():
       self._end("there is nothing to save yet")
-    if len(proposals) == store.count:
+    elif len(proposals) == store.count:
       boundary = NOWHERE if NOWHERE in proposals.values() else max(proposals.values())
       if kind == "stop" and store.index == 0:
         print(f"lskd: {agreement.reason}: all processes save at step {boundary} and stop", file=sys.stderr,
@@ -195,6 +195,7 @@ class Preemption:
     print(f"lskd: process {index}: {before}{why}; exit code {code}", file=sys.stderr)
     if code == exit_codes.PEER_LOST:
       peers.write_crash(self._workdir, index, {"code": code, "reason": why})
+    self._closed.set()
     self._leave(code)
 
 

@@ -161,8 +161,8 @@ def _train(config, workdir: Path, mesh, evaluate, progress: bool, stop, watch) -
     writer = metrics.MetricWriter(workdir, start, config.train.tensorboard)
     fed = Fed(workdir, start, extra["examples"], config.train.log_examples)
     rates = metrics.Throughput(peak=None)
-    bar = tqdm(total=steps, initial=start, desc=config.name, unit="step", disable=not progress,
-               dynamic_ncols=True, leave=False)
+    bar = tqdm(total=steps, initial=start, desc=config.name, unit="step",
+               disable=not progress or jax.process_index() > 0, dynamic_ncols=True, leave=False)
     source = batches(start, steps)
     now = start
     compiled = False
