@@ -77,7 +77,12 @@ def get_config() -> ConfigDict:
       microbatches=1,            # gradient accumulation over statements; LM only
       frozen=("vit",),           # parts without gradients and optimizer state
       frozen_dtype="",           # how their kernels are stored: "" = float32, or model.dtype
-      save_every=1000, keep=3, log_every=50, tensorboard=True))
+      save_every=1000, keep=3, log_every=50, tensorboard=True,
+      save_minutes=0.0,          # also save when the last save is so old; 0 = by steps only
+      grace=25.0,                # seconds between the notice of a preemption and its end; GCE gives 30
+      hang_after=300.0,          # seconds without progress, or 10 median steps, until a run is stuck
+      compile_limit=3600.0,      # the same for a start, a restore, a compile, an evaluation or a save
+      log_examples=False))       # examples.jsonl: which images each step was fed
 
   config.eval = ConfigDict(dict(every=0))  # steps between evaluations; 0 = none
 

@@ -25,9 +25,12 @@ ORDER = [
     ["lskd_jax.models"],  # student, critic, generate: what is made of towers
     ["lskd_jax.losses"],
     ["lskd_jax.step"],
+    # How a process ends, and what processes tell each other; without jax.
+    ["lskd_jax.exit_codes", "lskd_jax.errors", "lskd_jax.peers", "lskd_jax.signals",
+     "lskd_jax.preemption", "lskd_jax.watchdog"],
     # What a run needs besides the step: models from directories, cached features, judgements.
-    ["lskd_jax.models.build", "lskd_jax.prepare", "lskd_jax.features", "lskd_jax.judged", "lskd_jax.frozen",
-     "lskd_jax.parameter_table"],
+    ["lskd_jax.models.build", "lskd_jax.prepare", "lskd_jax.features", "lskd_jax.judged", "lskd_jax.fed",
+     "lskd_jax.frozen_dtype", "lskd_jax.parameter_table"],
     ["lskd_jax.train", "lskd_jax.evaluate", "lskd_jax.convert"],
     ["lskd_jax"],  # everything else: commands and what users call
 ]
