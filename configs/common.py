@@ -73,7 +73,10 @@ def get_config() -> ConfigDict:
           slice=1, data=1, fsdp=1, tensor=1)),
       microbatches=1,            # gradient accumulation over statements; LM only
       frozen=("vit",),           # parts without gradients and optimizer state
-      save_every=1000, keep=3, log_every=50, tensorboard=True))
+      save_every=1000, keep=3,   # steps between checkpoints, and how many of the newest stay
+      keep_best=0,               # how many stay besides, by a metric of the evaluation or the step
+      best_metric="", best_mode="max",  # its name, and which is better: min | max
+      log_every=50, tensorboard=True))
 
   config.eval = ConfigDict(dict(every=0))  # steps between evaluations; 0 = none
 

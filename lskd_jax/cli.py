@@ -9,6 +9,7 @@ import os
 import sys
 
 import lskd_jax
+from lskd_jax import exit_codes
 from lskd_jax.commands import corpus, models, training
 
 OURS = ("data_pipeline", "lskd_jax", "configs")
@@ -29,7 +30,7 @@ def main(argv: list[str] | None = None) -> int:
     if not is_about_input(error):
       raise
     print(f"lskd: error: {in_one_line(error)}", file=sys.stderr)
-    return 1
+    return getattr(error, "exit_code", exit_codes.INPUT)
   return 0
 
 

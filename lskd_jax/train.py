@@ -4,12 +4,13 @@ The loop's order is a contract: evaluate, save, and only then draw the next batc
 checkpoint never knows a batch that its parameters have not seen, and a run that is killed anywhere
 continues bit for bit.
 
-The work directory: config.json, tokenizer/, checkpoints/, frozen/, damaged/ (checkpoints set aside),
-features/, metrics.jsonl, tensorboard/, and at the end model/ and finished.json.
+The work directory: config.json, tokenizer/, checkpoints/, frozen/ and frozen.json, damaged/
+(checkpoints set aside), features/, metrics.jsonl, tensorboard/, and at the end model/ and finished.json.
 """
 from collections.abc import Callable
 import json
 from pathlib import Path
+import sys
 from typing import NamedTuple
 
 from flax import nnx
@@ -127,11 +128,16 @@ def _train(config, workdir: Path, mesh, evaluate, progress: bool) -> Run:
   train_step = step.make_train_step(graph, tx, objective, loss_weights, config.train.microbatches)
   run_key = jax.random.key(config.seed)
   extended = False
-  with checkpoint.Checkpointer(workdir, config.train.keep, config.train.save_every) as saver:
+  with checkpoint.Checkpointer(
+      workdir, config.train.keep, config.train.save_every, keep_best=config.train.keep_best,
+      best_metric=config.train.best_metric, best_mode=config.train.best_mode,
+      frozen_source=config.init.model or None) as saver:
     state = {**jax.jit(lambda p: step.init_state(p, tx))(params), "frozen": frozen}
     found = saver.restore_latest(state, mesh)
     if found is not None:
       state, extra = found
+      if progress and jax.process_index() == 0:
+        print(saver.report, file=sys.stderr)
       if extra["extended"]:
         extended, steps, tx, train_step = extend(config, graph, objective, loss_weights)
     frozen = state.pop("frozen")
@@ -141,10 +147,12 @@ def _train(config, workdir: Path, mesh, evaluate, progress: bool) -> Run:
     bar = tqdm(total=steps, initial=start, desc=config.name, unit="step", disable=not progress,
                dynamic_ncols=True, leave=False)
     source = batches(start, steps)
-    now = start
+    now, values = start, {}
     try:
       while True:
+        saver.poll()
         # evaluate
+        measured = {}
         due = config.eval.every and (now % config.eval.every == 0 or now == steps)
         if evaluate and due and now > start:
           with rates.paused():
@@ -159,7 +167,8 @@ def _train(config, workdir: Path, mesh, evaluate, progress: bool) -> Run:
         if now > start and (saver.due(now) or now == steps):
           with rates.paused():
             writer.flush()  # a run killed after the save resumes behind these lines
-            saver.save(now, {**state, "frozen": frozen}, {"extended": extended})
+            saver.save(now, {**state, "frozen": frozen}, {"extended": extended},
+                       metrics=values | measured if config.train.keep_best else None)
         if now == steps:
           break
         # next batch

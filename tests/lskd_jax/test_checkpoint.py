@@ -202,7 +202,7 @@ def test_one_flipped_bit_is_noticed_and_the_run_goes_on_from_the_step_before(tmp
     assert_same_bits(checkpoints.restore_latest(states[1])[0], states[2])
 
 
-@pytest.mark.parametrize("file", ["_CHECKPOINT_METADATA", "default/manifest.ocdbt", "largest"])
+@pytest.mark.parametrize("file", ["_CHECKPOINT_METADATA", "_METADATA", "manifest.ocdbt", "largest"])
 def test_a_checkpoint_with_a_missing_or_short_file_is_passed_over(tmp_path, file):
   states = saved(tmp_path, [1, 2])
   folder = tmp_path / "checkpoints" / "2"
@@ -229,7 +229,7 @@ def test_when_all_checkpoints_are_damaged_the_run_does_not_silently_start_over(t
 def test_a_half_written_step_is_ignored_and_removed(tmp_path):
   states = saved(tmp_path, [1])
   left_over = tmp_path / "checkpoints" / "2.orbax-checkpoint-tmp"
-  (left_over / "default.orbax-checkpoint-tmp").mkdir(parents=True)
+  (left_over / "d").mkdir(parents=True)
   with Checkpointer(tmp_path) as checkpoints:
     assert checkpoints.restore_latest(states[1])[0]["step"] == 1
     checkpoints.save(2, train_step(states[1]))
