@@ -66,6 +66,7 @@ class Word:
       return
     try:
       distributed.global_state.client.key_value_set(self._key, json.dumps(value))
+      self._value = value  # to be heard here even if the service ends
     except jax.errors.JaxRuntimeError as error:
       if "ALREADY_EXISTS" not in str(error):
         raise

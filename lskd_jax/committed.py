@@ -8,6 +8,7 @@ import json
 import math
 import os
 from pathlib import Path
+import shutil
 
 from etils import epath
 
@@ -133,10 +134,10 @@ def delete(folder: epath.Path) -> None:
 
 
 def clean(directory: epath.Path) -> None:
-  """Removes what killed saves and deletions have left."""
+  """Removes what killed saves and deletions have left; files may be going at the same time."""
   for path in directory.iterdir():
     if path.name.endswith(DELETED) or ".orbax-checkpoint-tmp" in path.name:
-      path.rmtree()
+      shutil.rmtree(path, ignore_errors=True)
 
 
 def move_aside(folder: epath.Path, damaged: epath.Path) -> None:

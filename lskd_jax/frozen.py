@@ -96,15 +96,15 @@ def _stored(workdir: epath.Path) -> tuple[dict | None, bool]:
 
 
 def _refer(workdir: epath.Path, manifest: dict[str, dict], source) -> dict | None:
-  """Writes frozen.json for the leaves that `source` has unchanged; None if it has none of them."""
+  """Writes frozen.json for the leaves that `source` has; None if it has none, or has others there."""
   source = epath.Path(source).absolute()
   try:
     there = trees.read_manifest(source / "params")
   except CheckpointError:
     return None
-  leaves = {name: entry for name, entry in manifest.items() if there.get(name) == entry}
-  if not leaves:
-    return None
+  leaves = {name: entry for name, entry in manifest.items() if name in there}
+  if not leaves or any(there[name] != entry for name, entry in leaves.items()):
+    return None  # equal zeros alone are no reason to need that directory
   reference = {"model": str(source), "leaves": leaves}
   problem = None
   if jax.process_index() == 0:
