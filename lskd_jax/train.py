@@ -4,15 +4,16 @@ The loop's order is a contract: evaluate, save, and only then draw the next batc
 checkpoint never knows a batch that its parameters have not seen, and a run that is killed anywhere
 continues bit for bit.
 
-The work directory: config.json, tokenizer/, checkpoints/, frozen/, damaged/ (checkpoints set aside),
-features/, parameters.txt, metrics.jsonl, examples.jsonl, tensorboard/, restarts.json, and at the end model/
-and done.json.
+The work directory: config.json, tokenizer/, checkpoints/, frozen/ and frozen.json, damaged/
+(checkpoints set aside), features/, parameters.txt, metrics.jsonl, examples.jsonl, tensorboard/,
+restarts.json, and at the end model/ and done.json.
 """
 from collections.abc import Callable
 import contextlib
 import json
 import logging
 from pathlib import Path
+import sys
 import time
 from typing import NamedTuple
 
@@ -172,7 +173,10 @@ def _train(config, workdir: Path, mesh, own_rows, evaluate, progress: bool, anno
   train_step = step.make_train_step(graph, tx, objective, loss_weights, config.train.microbatches)
   run_key = jax.random.key(config.seed)
   extended = False
-  with checkpoint.Checkpointer(workdir, config.train.keep, config.train.save_every) as saver:
+  with checkpoint.Checkpointer(
+      workdir, config.train.keep, config.train.save_every, keep_best=config.train.keep_best,
+      best_metric=config.train.best_metric, best_mode=config.train.best_mode,
+      frozen_source=config.init.model or None) as saver:
     state = {**jax.jit(lambda p: step.init_state(p, tx))(params), "frozen": frozen}
     if announce:
       parameter_table.announce(state, mesh, workdir, announce)
@@ -181,6 +185,8 @@ def _train(config, workdir: Path, mesh, own_rows, evaluate, progress: bool, anno
     extra = {"extended": False, "examples": ""}
     if found is not None:
       state, extra = found
+      if progress and jax.process_index() == 0:
+        print(saver.report, file=sys.stderr)
       if extra["extended"]:
         extended, steps, tx, train_step = extend(config, graph, objective, loss_weights)
     frozen = state.pop("frozen")
@@ -191,21 +197,24 @@ def _train(config, workdir: Path, mesh, own_rows, evaluate, progress: bool, anno
     bar = tqdm(total=steps, initial=start, desc=config.name, unit="step",
                disable=not progress or jax.process_index() > 0, dynamic_ncols=True, leave=False)
     source = batches(start, steps)
-    now = start
+    now, values = start, {}
     compiled = False
     timer = SaveTimer(config.train, stop)
 
-    def save():
+    def save(metrics: dict):
       writer.flush()  # a run killed after the save resumes behind these lines
       fed.flush()
-      saver.save(now, {**state, "frozen": frozen}, {"extended": extended, "examples": fed.digest})
+      saver.save(now, {**state, "frozen": frozen}, {"extended": extended, "examples": fed.digest},
+                 metrics=metrics if config.train.keep_best else None)
 
     # Inside of what would wait for the other processes, so that an error does not.
     with contextlib.ExitStack() as files, peers.leaving_at_once(workdir, stop):
       for file in (bar, writer, fed):
         files.callback(file.close)
       while True:
+        saver.poll()
         # evaluate
+        measured = {}
         due = config.eval.every and (now % config.eval.every == 0 or now == steps)
         if evaluate and due and now > start:
           watch.at("evaluate", now)
@@ -223,7 +232,7 @@ def _train(config, workdir: Path, mesh, own_rows, evaluate, progress: bool, anno
         if now > start and (due or saver.due(now) or now == steps):
           watch.at("save", now)
           with rates.paused(), timer.saving():
-            save()
+            save(values | measured)
             if due == "stop":
               saver.wait()
               raise preemption.Preempted
