@@ -201,11 +201,11 @@ def _train(config, workdir: Path, mesh, own_rows, evaluate, progress: bool, anno
     compiled = False
     timer = SaveTimer(config.train, stop)
 
-    def save(metrics: dict):
+    def save(measured: dict):
       writer.flush()  # a run killed after the save resumes behind these lines
       fed.flush()
       saver.save(now, {**state, "frozen": frozen}, {"extended": extended, "examples": fed.digest},
-                 metrics=metrics if config.train.keep_best else None)
+                 metrics=measured if config.train.keep_best else None)
 
     # Inside of what would wait for the other processes, so that an error does not.
     with contextlib.ExitStack() as files, peers.leaving_at_once(workdir, stop):
