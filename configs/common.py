@@ -73,7 +73,9 @@ def get_config() -> ConfigDict:
           slice=1, data=1, fsdp=1, tensor=1)),
       microbatches=1,            # gradient accumulation over statements; LM only
       frozen=("vit",),           # parts without gradients and optimizer state
-      save_every=1000, keep=3, log_every=50, tensorboard=True))
+      save_every=1000, keep=3, log_every=50, tensorboard=True,
+      max_skipped=10,            # steps in a row whose loss or gradient is not finite, until the run stops
+      max_grad_norm=0.0))        # a step with a larger gradient is skipped, too; 0 = no bound
 
   config.eval = ConfigDict(dict(every=0))  # steps between evaluations; 0 = none
 

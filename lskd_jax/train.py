@@ -5,7 +5,8 @@ checkpoint never knows a batch that its parameters have not seen, and a run that
 continues bit for bit.
 
 The work directory: config.json, tokenizer/, checkpoints/, frozen/, damaged/ (checkpoints set aside),
-features/, metrics.jsonl, tensorboard/, and at the end model/ and finished.json.
+features/, metrics.jsonl, goodput.jsonl, tensorboard/, profiles/ and not_finite/ (when there is a reason),
+and at the end model/ and finished.json.
 """
 from collections.abc import Callable
 import json
@@ -22,7 +23,18 @@ from data_pipeline.judge import read_judgements
 from data_pipeline.loader import Loader
 from data_pipeline.records import DataError
 from data_pipeline.stages import write_json
-from lskd_jax import checkpoint, features, metrics, optim, parallel, step
+from lskd_jax import (
+  checkpoint,
+  features,
+  goodput,
+  metrics,
+  not_finite,
+  optim,
+  parallel,
+  profiles,
+  replay,
+  step,
+)
 from lskd_jax.judged import judged_corpus, judgement_columns
 from lskd_jax.models import build
 from lskd_jax.prepare import claim, find_tokenizer, loader_options, make_objective, sized
@@ -35,7 +47,8 @@ class Run(NamedTuple):
   extended: bool
 
 
-def train(config, workdir, *, evaluate: Callable | None = None, progress: bool = True) -> Run:
+def train(config, workdir, *, evaluate: Callable | None = None, progress: bool = True,
+          began: float | None = None) -> Run:
   """Trains or resumes; a finished run returns at once.
 
   Args:
@@ -43,9 +56,11 @@ def train(config, workdir, *, evaluate: Callable | None = None, progress: bool =
     workdir: made when missing; belongs to this config alone.
     evaluate: (graph, state, step) -> {metric: value}, every `config.eval.every` steps; its metric
       `config.guard.metric` decides about extending the run.
+    began: when the process started, in seconds since 1970, for the goodput log; None = now.
 
   Raises:
     DataError, ValueError, CheckpointError: one line that names the file, key or step.
+    NotFiniteError: too many steps in a row were skipped.
   """
   workdir = Path(workdir)
   claim(config, workdir)
@@ -54,16 +69,28 @@ def train(config, workdir, *, evaluate: Callable | None = None, progress: bool =
   if finished.exists():
     done = json.loads(finished.read_text())
     return Run(model_dir, done["steps"], done["extended"])
+  spent = goodput.Log(workdir, began)
   mesh = parallel.make_mesh(**config.train.mesh)
   with jax.set_mesh(mesh):
-    run = _train(config, workdir, mesh, evaluate, progress)
+    run = _train(config, workdir, mesh, evaluate, progress, spent)
+  spent.close()
   if jax.process_index() == 0:
     write_json(finished, {"steps": run.steps, "extended": run.extended})
   return run
 
 
-def _train(config, workdir: Path, mesh, evaluate, progress: bool) -> Run:
+def reproduce_step(config, workdir, number: int, progress: bool = True) -> replay.Replay:
+  """Step `number` (from 1 on) of a run in `workdir` once more; writes nothing there. Raises as `train`."""
+  claim(config, Path(workdir))
+  mesh = parallel.make_mesh(**config.train.mesh)
+  with jax.set_mesh(mesh):
+    return _train(config, Path(workdir), mesh, None, progress, goodput.Log(None), number)
+
+
+def _train(config, workdir: Path, mesh, evaluate, progress: bool, spent: goodput.Log,
+           reproduce: int | None = None) -> Run | replay.Replay:
   # --- data ---
+  spent.phase(goodput.PREPARATION)
   corpus = open_corpus(config.data.corpus, config.data.image_root or None,
                        config.data.min_score, config.data.split or None)
   if config.task == "critic":
@@ -124,9 +151,21 @@ def _train(config, workdir: Path, mesh, evaluate, progress: bool) -> Run:
   tx = optim.optimizer(config.optim)
   losses_of = {"student": ("itc", "itm", "lm"), "generative": ("lm",)}.get(config.task, ())
   loss_weights = {name: config.loss[name] for name in losses_of}
-  train_step = step.make_train_step(graph, tx, objective, loss_weights, config.train.microbatches)
+  train_step = step.make_train_step(graph, tx, objective, loss_weights, config.train.microbatches,
+                                    config.train.max_grad_norm)
   run_key = jax.random.key(config.seed)
   extended = False
+  if reproduce is not None:
+    state = {**jax.jit(lambda p: step.init_state(p, tx))(params), "frozen": frozen}
+
+    def step_for(extra):
+      if extra.get("extended"):
+        return extend(config, graph, objective, loss_weights)[1::2]
+      return steps, train_step
+    gradients = lambda: step.make_train_step(graph, replay.GRADIENTS, objective, loss_weights,
+                                             config.train.microbatches, max_grad_norm=None)
+    return replay.replay(reproduce, workdir, state, mesh, batches, step_for, gradients, run_key, progress)
+  spent.phase(goodput.RESTORE)
   with checkpoint.Checkpointer(workdir, config.train.keep, config.train.save_every) as saver:
     state = {**jax.jit(lambda p: step.init_state(p, tx))(params), "frozen": frozen}
     found = saver.restore_latest(state, mesh)
@@ -136,8 +175,13 @@ def _train(config, workdir: Path, mesh, evaluate, progress: bool) -> Run:
         extended, steps, tx, train_step = extend(config, graph, objective, loss_weights)
     frozen = state.pop("frozen")
     start = int(state["step"])
+    spent.restored(start)
+    spent.phase(goodput.PREPARATION)
+    guard = not_finite.Watch(workdir, config.train.max_skipped,
+                             lambda number: next(batches(number - 1, number)))
+    profiler = profiles.Profiler(workdir)
     writer = metrics.MetricWriter(workdir, start, config.train.tensorboard)
-    rates = metrics.Throughput(peak=None)
+    rates = metrics.Throughput(record=spent.add)
     bar = tqdm(total=steps, initial=start, desc=config.name, unit="step", disable=not progress,
                dynamic_ncols=True, leave=False)
     source = batches(start, steps)
@@ -147,7 +191,7 @@ def _train(config, workdir: Path, mesh, evaluate, progress: bool) -> Run:
         # evaluate
         due = config.eval.every and (now % config.eval.every == 0 or now == steps)
         if evaluate and due and now > start:
-          with rates.paused():
+          with rates.paused("evaluation"):
             measured = evaluate(graph, nnx.merge_state(state["params"], frozen), now)
           writer.write(now, measured)
           bar.set_postfix({name: f"{value:.3f}" for name, value in measured.items()})
@@ -157,7 +201,7 @@ def _train(config, workdir: Path, mesh, evaluate, progress: bool) -> Run:
             source = batches(now, steps)
         # save
         if now > start and (saver.due(now) or now == steps):
-          with rates.paused():
+          with rates.paused("save"):
             writer.flush()  # a run killed after the save resumes behind these lines
             saver.save(now, {**state, "frozen": frozen}, {"extended": extended})
         if now == steps:
@@ -168,14 +212,20 @@ def _train(config, workdir: Path, mesh, evaluate, progress: bool) -> Run:
         rows = parallel.put_batch(batch, mesh)
         # step
         if now == start:
+          spent.phase(goodput.STARTUP)
           rates = metrics.Throughput(metrics.step_flops(
-              train_step.trace(state, frozen, rows, run_key)), _peak(mesh))
+              train_step.trace(state, frozen, rows, run_key)), _peak(mesh), record=spent.add)
         state, values = train_step(state, frozen, rows, run_key)
         now += 1
         # log
         if now == start + 1:
           jax.block_until_ready(values)
           rates.restart()  # the first step compiles
+          spent.phase(goodput.STEP)
+        else:
+          spent.step(now)
+        guard(now, values)
+        profiler(now, values)
         count = int(batch["statement_valid"].sum()) * jax.process_count()
         rates.count(len(batch["image_id"]) * jax.process_count(), count)
         bar.update()
@@ -183,8 +233,11 @@ def _train(config, workdir: Path, mesh, evaluate, progress: bool) -> Run:
           writer.write(now, values | rates.report())
     finally:
       bar.close()
+      profiler.close()
       writer.close()
-    saver.wait()
+      spent.close()
+    with rates.paused("save"):
+      saver.wait()
   build.save(workdir / "model", config.task, model_config,
              nnx.merge_state(state["params"], frozen), tokenizer_dir)
   return Run(workdir / "model", steps, extended)
@@ -207,5 +260,5 @@ def extend(config, graph, objective, loss_weights):
   longer = config.optim.copy_and_resolve_references()
   longer.steps = round(config.optim.steps * config.guard.factor)
   tx = optim.optimizer(longer)
-  return True, longer.steps, tx, step.make_train_step(graph, tx, objective, loss_weights,
-                                                      config.train.microbatches)
+  return True, longer.steps, tx, step.make_train_step(
+      graph, tx, objective, loss_weights, config.train.microbatches, config.train.max_grad_norm)

@@ -17,7 +17,7 @@ LONGEST_FILE = 400  # lines: what can be read in one sitting
 # The order of lskd_jax: a module imports modules of its own or an earlier row only.
 ORDER = [
     ["lskd_jax.streams", "lskd_jax.trees", "lskd_jax.checkpoint", "lskd_jax.optim",
-     "lskd_jax.metrics"],  # the leaves
+     "lskd_jax.metrics", "lskd_jax.goodput", "lskd_jax.profiles", "lskd_jax.exit_codes"],  # the leaves
     ["lskd_jax.parallel"],
     ["lskd_jax.models.layers"],
     ["lskd_jax.models.vit", "lskd_jax.models.qformer", "lskd_jax.models.regions",
@@ -26,7 +26,8 @@ ORDER = [
     ["lskd_jax.losses"],
     ["lskd_jax.step"],
     # What a run needs besides the step: models from directories, cached features, judgements.
-    ["lskd_jax.models.build", "lskd_jax.prepare", "lskd_jax.features", "lskd_jax.judged"],
+    ["lskd_jax.models.build", "lskd_jax.prepare", "lskd_jax.features", "lskd_jax.judged",
+     "lskd_jax.not_finite", "lskd_jax.replay"],
     ["lskd_jax.train", "lskd_jax.evaluate", "lskd_jax.convert"],
     ["lskd_jax"],  # everything else: commands and what users call
 ]

@@ -1,12 +1,14 @@
-"""`lskd train`."""
+"""`lskd train` and `lskd watch`."""
 from pathlib import Path
+import sys
+import time
 
 from lskd_jax.commands import folders
 from lskd_jax.commands.arguments import add_verb, count, seed
 
 
 def add_verbs(verbs) -> None:
-  """Declares `train`."""
+  """Declares `train` and `watch`."""
   p = add_verb(verbs, "train", train, "train or resume a student or a critic",
                "lskd train --config configs/scenes_student.py --config.optim.steps=900 "
                "--workdir runs/student")
@@ -14,23 +16,54 @@ def add_verbs(verbs) -> None:
                  help="Python file with get_config(); --config.key=value changes a value")
   p.add_argument("--workdir", required=True, type=Path, metavar="DIR",
                  help="checkpoints, metrics and at the end DIR/model; the same again resumes")
+  p.add_argument("--reproduce-step", type=count, metavar="N",
+                 help="do step N of this run again, print its metrics as JSON and compare them with "
+                 "metrics.jsonl; nothing is written")
   group = p.add_argument_group("several processes, one per host")
   group.add_argument("--processes", type=count, default=1, metavar="N")
   group.add_argument("--process-id", type=seed, default=0, metavar="I", help="0 to N - 1")
   group.add_argument("--coordinator", metavar="HOST:PORT",
                      help="of process 0; not needed on TPU pods")
 
+  p = add_verb(verbs, "watch", watch, "see how a run is doing: curves, time, what it lost to restarts",
+               "lskd watch --workdir runs/student")
+  p.add_argument("--workdir", required=True, type=Path, metavar="DIR", help="that of lskd train")
+  p.add_argument("--once", action="store_true", help="print it once; else again every few seconds")
+  p.add_argument("--metric", action="append", default=[], metavar="NAME",
+                 help="draw this one of metrics.jsonl, instead of the loss; may be repeated")
+
 
 def train(args) -> None:
-  """Trains or resumes what a config file describes."""
+  """Trains or resumes what a config file describes, or does one of its steps again."""
+  began = time.time()
   from lskd_jax.config_files import load_config
   config = load_config(args.config, args.overrides)  # before anything slow
   corpus = Path(config.data.corpus)
   if (corpus / "stage.json").exists() and not config.data.image_root:
     config.data.image_root = str(folders.image_root(corpus, needed=False) or "")
-  from lskd_jax import parallel
-  from lskd_jax.train import train as run
+  from lskd_jax import goodput, parallel
+  from lskd_jax.train import reproduce_step, train as run
   parallel.initialize(args.coordinator, args.processes, args.process_id)
-  done = run(config, args.workdir)
+  if args.reproduce_step:
+    show(reproduce_step(config, args.workdir, args.reproduce_step), args.process_id)
+    return
+  done = run(config, args.workdir, began=began)
   if args.process_id == 0:
     print(f"train: {done.steps} steps; the model is in {done.model}")
+    print("\n".join(goodput.describe(goodput.summary(args.workdir))))
+
+
+def show(found, process: int) -> None:
+  """Prints a step that was done again; raises DataError if it came out different."""
+  from data_pipeline.records import DataError
+  if process == 0:
+    print(found.line())
+    print("\n".join(found.report()), file=sys.stderr)
+  if found.differences():
+    raise DataError(f"step {found.step} is different from metrics.jsonl: {'; '.join(found.differences())}")
+
+
+def watch(args) -> None:
+  """Prints how a run is doing, until it is finished."""
+  from lskd_jax import watch as screen
+  screen.watch(args.workdir, args.once, tuple(args.metric))

@@ -1,0 +1,130 @@
+"""One step of a run again, from a checkpoint and the data, to see whether and why it came out so.
+
+Nothing is written to the work directory: checkpoints are read through a folder of links, which is
+also where a damaged one would be set aside.
+"""
+from collections.abc import Callable, Iterator
+import contextlib
+import json
+import math
+from pathlib import Path
+import re
+import tempfile
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from tqdm import tqdm
+
+from data_pipeline.records import DataError
+from lskd_jax import checkpoint, parallel, trees
+from lskd_jax.metrics import for_json, read_metrics
+
+
+class Replay(NamedTuple):
+  """A step that was done again.
+
+  values: its metrics. logged: what metrics.jsonl says of the same metrics, None if it has no line.
+  skipped: whether its update was left out. gradients: names of gradients that are not finite.
+  """
+  step: int
+  start: int
+  values: dict[str, float | str]
+  logged: dict[str, float | str] | None
+  skipped: bool
+  gradients: list[str]
+
+  def line(self) -> str:
+    """The metrics as a line of metrics.jsonl."""
+    return json.dumps({"step": self.step, **self.values})
+
+  def differences(self) -> list[str]:
+    """Each metric that metrics.jsonl has otherwise, with both values."""
+    return [f"{name} {value}, logged {self.logged[name]}" for name, value in self.values.items()
+            if self.logged and self.logged[name] != value]
+
+  def report(self) -> list[str]:
+    """What is there to say beside the metrics, a line each."""
+    lines = [f"step {self.step} again, from the state after step {self.start}"]
+    if self.skipped:
+      bad = [name for name, value in self.values.items() if not math.isfinite(float(value))]
+      lines.append(f"its update was skipped; not finite: {', '.join(bad) or 'nothing'}")
+    if self.gradients:
+      lines.append(f"gradients that are not finite: {trees.listed(self.gradients)}")
+    if self.logged is None:
+      lines.append("metrics.jsonl has no line of this step to compare with")
+    elif not self.differences():
+      lines.append(f"equal to metrics.jsonl in all {len(self.logged)} metrics")
+    return lines
+
+
+def replay(step: int, workdir: Path, state: dict, mesh, batches: Callable[[int, int], Iterator[dict]],
+           step_for: Callable[[dict], tuple[int, Callable]], gradient_step: Callable[[], Callable], run_key,
+           progress: bool = True) -> Replay:
+  """Does steps up to `step` again, from the newest checkpoint before it, or from the start.
+
+  Args:
+    step: the number of the step, as in metrics.jsonl, from 1 on.
+    state: as at the start of the run, with its `frozen` part.
+    batches: (start, end) -> the batches of steps start + 1 to end, this process's rows.
+    step_for: a checkpoint's extra facts, {} without one -> (steps of the run, training step).
+    gradient_step: -> a training step with the optimizer GRADIENTS and no guard.
+
+  Raises DataError if there is no run, or it has no such step.
+  """
+  extra, logged = {}, None
+  with _checkpoints_before(step, workdir) as view, checkpoint.Checkpointer(view) as reader:
+    found = reader.restore_latest(state, mesh)
+    if found is not None:
+      state, extra = found
+  state = dict(state)
+  frozen, start = state.pop("frozen"), int(state["step"])
+  steps, train_step = step_for(extra)
+  if step > steps:
+    raise DataError(f"--reproduce-step {step}: the run has {steps} steps")
+  for batch in tqdm(batches(start, step), total=step - start, desc="replay", unit="step",
+                    disable=not progress, leave=False):
+    rows = parallel.put_batch(batch, mesh)
+    state, values = train_step(state, frozen, rows, run_key)
+  values = {name: for_json(float(value)) for name, value in jax.device_get(values).items()}
+  skipped, gradients = values["skipped_in_row"] > 0, []
+  if skipped:  # so the parameters are still those from before the step
+    again = {"step": state["step"] - 1, "params": state["params"], "skipped": state["skipped"],
+             "opt": GRADIENTS.init(state["params"])}
+    found, _ = gradient_step()(again, frozen, rows, run_key)
+    gradients = not_finite_leaves(found["opt"])
+  for line in read_metrics(workdir / "metrics.jsonl"):
+    if line["step"] == step and "loss" in line:
+      logged = {name: line[name] for name in values if name in line}
+  return Replay(step, start, values, logged, skipped, gradients)
+
+
+# An optimizer that changes nothing and whose state is the last gradient.
+GRADIENTS = optax.GradientTransformation(
+    init=lambda params: jax.tree.map(jnp.zeros_like, params),
+    update=lambda gradients, state, params: (jax.tree.map(jnp.zeros_like, gradients), gradients))
+
+
+def not_finite_leaves(tree) -> list[str]:
+  """The names of the arrays that have a value which is not finite."""
+  finite = jax.jit(lambda leaves: [jnp.isfinite(leaf).all() for leaf in leaves])
+  named = trees.named_leaves(tree)
+  return [name for name, good in zip(named, jax.device_get(finite(list(named.values())))) if not good]
+
+
+@contextlib.contextmanager
+def _checkpoints_before(step: int, workdir: Path):
+  """A work directory of links, with the checkpoints that `step` can be reached from."""
+  if not (workdir / "config.json").exists():
+    raise DataError(f"{workdir}: no run was started here; give --workdir of the run to look into")
+  with tempfile.TemporaryDirectory() as view:
+    view = Path(view)
+    (view / "checkpoints").mkdir()
+    for path in sorted(workdir.glob("checkpoints/*")):
+      number = re.match(r"\d+", path.name)
+      if "tmp" not in path.name and (number is None or int(number[0]) < step):
+        (view / "checkpoints" / path.name).symlink_to(path.absolute())
+    if (workdir / "frozen").exists():
+      (view / "frozen").symlink_to((workdir / "frozen").absolute())
+    yield view
