@@ -71,7 +71,7 @@ def replay(step: int, workdir: Path, state: dict, mesh, batches: Callable[[int, 
     step_for: a checkpoint's extra facts, {} without one -> (steps of the run, training step).
     gradient_step: -> a training step with the optimizer GRADIENTS and no guard.
 
-  Raises DataError if there is no run, or it has no such step.
+  Raises DataError if the run has no such step.
   """
   extra, logged = {}, None
   with _checkpoints_before(step, workdir) as view, checkpoint.Checkpointer(view) as reader:
@@ -87,7 +87,7 @@ def replay(step: int, workdir: Path, state: dict, mesh, batches: Callable[[int, 
                     disable=not progress, leave=False):
     rows = parallel.put_batch(batch, mesh)
     state, values = train_step(state, frozen, rows, run_key)
-  values = {name: for_json(float(value)) for name, value in jax.device_get(values).items()}
+  values = {name: for_json(float(value)) for name, value in values.items() if isinstance(value, jax.Array)}
   skipped, gradients = values["skipped_in_row"] > 0, []
   if skipped:  # so the parameters are still those from before the step
     again = {"step": state["step"] - 1, "params": state["params"], "skipped": state["skipped"],
@@ -116,15 +116,15 @@ def not_finite_leaves(tree) -> list[str]:
 @contextlib.contextmanager
 def _checkpoints_before(step: int, workdir: Path):
   """A work directory of links, with the checkpoints that `step` can be reached from."""
-  if not (workdir / "config.json").exists():
-    raise DataError(f"{workdir}: no run was started here; give --workdir of the run to look into")
   with tempfile.TemporaryDirectory() as view:
     view = Path(view)
     (view / "checkpoints").mkdir()
-    for path in sorted(workdir.glob("checkpoints/*")):
-      number = re.match(r"\d+", path.name)
-      if "tmp" not in path.name and (number is None or int(number[0]) < step):
-        (view / "checkpoints" / path.name).symlink_to(path.absolute())
-    if (workdir / "frozen").exists():
-      (view / "frozen").symlink_to((workdir / "frozen").absolute())
+    folders = [path for path in workdir.glob("checkpoints/*")
+               if re.fullmatch(r"\d+", path.name) and int(path.name) < step]
+    for folder in folders:  # folders of links, not links to folders: those can be moved and removed
+      (view / "checkpoints" / folder.name).mkdir()
+      for path in folder.iterdir():
+        (view / "checkpoints" / folder.name / path.name).symlink_to(path.absolute())
+    for path in workdir.glob("frozen*"):
+      (view / path.name).symlink_to(path.absolute())
     yield view

@@ -81,10 +81,13 @@ def train(config, workdir, *, evaluate: Callable | None = None, progress: bool =
 
 def reproduce_step(config, workdir, number: int, progress: bool = True) -> replay.Replay:
   """Step `number` (from 1 on) of a run in `workdir` once more; writes nothing there. Raises as `train`."""
-  claim(config, Path(workdir))
+  workdir = Path(workdir)
+  if not (workdir / "config.json").exists():
+    raise DataError(f"{workdir}: no run was started here; give the --workdir of one")
+  claim(config, workdir)
   mesh = parallel.make_mesh(**config.train.mesh)
   with jax.set_mesh(mesh):
-    return _train(config, Path(workdir), mesh, None, progress, goodput.Log(None), number)
+    return _train(config, workdir, mesh, None, progress, goodput.Log(None), number)
 
 
 def _train(config, workdir: Path, mesh, evaluate, progress: bool, spent: goodput.Log,
