@@ -32,6 +32,7 @@ DATA = "DATA_LOADING_SYNC"
 SAVE = "UNPRODUCTIVE_CHECKPOINT_SAVE_TIME"
 EVALUATION = "EVAL"
 OTHER = "OTHER"
+END = "END"  # what comes after the last line; what is done then, such as writing the model, is OTHER
 WASTED = "WASTED_PROGRESS_FROM_DISRUPTION"  # steps that were done again
 RECOVERY = "INFRASTRUCTURE_RECOVERY_FROM_DISRUPTION"  # from the last sign of life to the next start
 
@@ -96,13 +97,14 @@ class Log:
       self._end_stretch(self._phase)
 
   def close(self) -> None:
-    """Writes what is left. The log may go on after it."""
-    self.phase(OTHER)
+    """Writes what is left; what follows is the end of the process, and may be closed again."""
+    self.phase(END)
 
   def _end_stretch(self, following: str) -> None:
     end = self._clock()
     rest = end - self._start - sum(self._spent.values())
-    self._spent[OTHER if self._phase == STEP and "steps" not in self._facts else self._phase] += max(rest, 0)
+    idle = self._phase == END or self._phase == STEP and "steps" not in self._facts
+    self._spent[OTHER if idle else self._phase] += max(rest, 0)
     seconds = {name: round(value, 3) for name, value in self._spent.items()}
     self._waiting.append({"run": self._run, "start": self._start, "end": end, "seconds": seconds,
                           **self._facts, "next": following})

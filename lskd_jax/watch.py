@@ -83,11 +83,14 @@ def status(state: State, now: float) -> list[str]:
   if state.done is not None:
     facts = ", ".join(f"{name} {value}" for name, value in state.done.items())
     lines.append(f"finished: {facts}")
-  elif found is not None and now - found.end > SILENT:
-    lines.append(f"no sign of life for {goodput.spell(now - found.end)}; the last was before {found.phase}: "
-                 "stuck, ended, or busy with something long")
   elif found is not None:
-    lines.append(f"running: {found.phase}, last sign of life {goodput.spell(max(now - found.end, 0))} ago")
+    ago = goodput.spell(max(now - found.end, 0))
+    if found.phase == goodput.END:
+      lines.append(f"ending, or ended without being finished, {ago} ago; the same lskd train resumes it")
+    elif now - found.end > SILENT:
+      lines.append(f"no sign of life for {ago}, in {found.phase}: killed, stuck, or busy with something long")
+    else:
+      lines.append(f"running: {found.phase}, last sign of life {ago} ago")
   if found is not None:
     lines += goodput.describe(found)
   return lines

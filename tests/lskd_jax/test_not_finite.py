@@ -102,6 +102,6 @@ def test_steps_that_there_are_not_are_refused(broken, tmp_path):
 
 def test_the_run_knows_where_its_time_went(broken):
   found = goodput.summary(broken[1])
-  assert found.starts == 1 and found.phase == goodput.OTHER
+  assert found.starts == 1 and found.phase == goodput.END
   assert {goodput.PREPARATION, goodput.STARTUP, goodput.DATA, goodput.SAVE} <= set(found.badput)
   assert found.productive + sum(found.badput.values()) == pytest.approx(found.wall, abs=0.1)

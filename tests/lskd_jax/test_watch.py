@@ -32,7 +32,7 @@ def run(tmp_path):
       if step == 20:
         line |= {"loss": "NaN", "dev": 0.25}
       file.write(json.dumps(line) + "\n")
-  log.close()
+  log.phase(goodput.STEP)
   for step in (10, 30):
     (tmp_path / "checkpoints" / str(step)).mkdir(parents=True)
   (tmp_path / "checkpoints" / "40.orbax-checkpoint-tmp-1").mkdir()
@@ -55,7 +55,13 @@ def test_a_running_run(run):
 def test_a_silent_run_is_called_silent(run):
   workdir, clock = run
   assert "no sign of life" not in watch.screen(workdir, clock.now + 299)
-  assert "no sign of life for 6 min 40 s" in watch.screen(workdir, clock.now + 400)
+  assert "no sign of life for 6 min 40 s, in STEP: killed, stuck" in watch.screen(workdir, clock.now + 400)
+
+
+def test_a_run_that_was_stopped_says_that_it_can_be_resumed(run):
+  workdir, clock = run
+  goodput.Log(workdir, clock=clock).close()
+  assert "ended without being finished, 6 min 40 s ago" in watch.screen(workdir, clock.now + 400)
 
 
 @pytest.mark.parametrize("file", ["done.json", "finished.json"])
