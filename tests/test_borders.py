@@ -17,7 +17,8 @@ LONGEST_FILE = 400  # lines: what can be read in one sitting
 # The order of lskd_jax: a module imports modules of its own or an earlier row only.
 ORDER = [
     ["lskd_jax.exit_codes", "lskd_jax.errors", "lskd_jax.peers"],  # how a process ends; without jax
-    ["lskd_jax.agreement", "lskd_jax.streams", "lskd_jax.trees", "lskd_jax.committed", "lskd_jax.frozen", "lskd_jax.checkpoint", "lskd_jax.optim",
+    ["lskd_jax.agreement", "lskd_jax.streams", "lskd_jax.trees", "lskd_jax.committed", "lskd_jax.frozen",
+     "lskd_jax.checkpoint", "lskd_jax.optim",
      "lskd_jax.metrics", "lskd_jax.goodput", "lskd_jax.profiles"],  # the leaves
     ["lskd_jax.parallel"],
     ["lskd_jax.models.layers"],
