@@ -93,7 +93,7 @@ def test_lskd_jax_imports_in_one_direction(module):
   ours = {name for name in imports(MODULES[module]) if top(name) == "lskd_jax"}
   if module == "lskd_jax":
     return  # only `load`, when it is called
-  for name in ours - {"lskd_jax"}:
+  for name in ours - {"lskd_jax", "lskd_jax.exit_codes"}:  # the version, and a table of numbers: for all
     if name in LEAVES:
       assert module in LEAVES or row(module) >= USE_LEAVES, f"{module} imports the leaf {name}"
     else:
