@@ -8,6 +8,7 @@ import socket
 import subprocess
 import sys
 
+import jax
 import numpy as np
 import pytest
 
@@ -64,7 +65,10 @@ def test_two_processes_train_as_one(tmp_path, task, logged):
     finally:
       for process in processes:
         process.kill()
-  assert codes == [0, 0], (tmp_path / "log").read_text()[-3000:]
+  text = (tmp_path / "log").read_text()
+  assert codes == [0, 0], text[-3000:]
+  assert text.count("processes         2 on 1 host") == 1  # process 0 alone speaks
+  assert "rows per process  2 of 4" in text and (tmp_path / "two" / "parameters.txt").exists()
 
   (one,), (two,) = (read_metrics(tmp_path / name / "metrics.jsonl") for name in ("one", "two"))
   for name in ("loss", "grad_norm", *logged):
@@ -76,7 +80,22 @@ def test_two_processes_train_as_one(tmp_path, task, logged):
     np.testing.assert_allclose(two[name], one[name], atol=1e-5, err_msg=name)
 
 
+def share_rows():
+  """`tensor` across the processes: both have all rows of a batch, and half of each weight."""
+  mesh = parallel.make_mesh(tensor=2)
+  assert parallel.own_rows(mesh, 4).tolist() == [0, 1, 2, 3]
+  rows = np.arange(12.0, dtype=np.float32).reshape(4, 3)
+  weights = np.arange(6.0, dtype=np.float32).reshape(3, 2)
+  batch = parallel.put_batch({"rows": rows}, mesh)["rows"]
+  split = parallel.put_whole(weights, jax.NamedSharding(mesh, jax.P(None, "tensor")))
+  assert split.addressable_data(0).shape == (3, 1)
+  with jax.set_mesh(mesh):
+    product = jax.jit(lambda a, b: jax.reshard(a @ b, jax.P()))(batch, split)
+  np.testing.assert_array_equal(product, rows @ weights)
+
+
 if __name__ == "__main__":
   port, number, folder, task = sys.argv[1:]
   parallel.initialize(f"localhost:{port}", 2, int(number))
-  train(config_for(Path(folder), 2, task), Path(folder) / "two", progress=False)
+  share_rows()
+  train(config_for(Path(folder), 2, task), Path(folder) / "two", progress=False, announce=print)
