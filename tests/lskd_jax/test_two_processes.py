@@ -1,4 +1,4 @@
-"""One training step by two processes on two devices is the step of one process on one device.
+"""One training step by two processes on four devices is the step of one process on one device.
 
 Run as a script, this file is one of the two processes.
 """
@@ -55,7 +55,7 @@ def test_two_processes_train_as_one(tmp_path, task, logged):
   corpus_stages.verbalize_scenes(tmp_path / "words", 8, progress=False)
   corpus_stages.teach_corpus(tmp_path / "words", tmp_path / "taught", progress=False)
   port = str(free_port())
-  environment = {**os.environ, "PYTHONPATH": str(ROOT), "JAX_NUM_CPU_DEVICES": "1"}
+  environment = {**os.environ, "PYTHONPATH": str(ROOT), "JAX_NUM_CPU_DEVICES": "2"}
   with (tmp_path / "log").open("w") as log:
     processes = [subprocess.Popen([sys.executable, __file__, port, str(i), str(tmp_path), task],
                                   env=environment, stdout=log, stderr=log) for i in (0, 1)]
@@ -80,22 +80,24 @@ def test_two_processes_train_as_one(tmp_path, task, logged):
     np.testing.assert_allclose(two[name], one[name], atol=1e-5, err_msg=name)
 
 
-def share_rows():
-  """`tensor` across the processes: both have all rows of a batch, and half of each weight."""
-  mesh = parallel.make_mesh(tensor=2)
-  assert parallel.own_rows(mesh, 4).tolist() == [0, 1, 2, 3]
-  rows = np.arange(12.0, dtype=np.float32).reshape(4, 3)
-  weights = np.arange(6.0, dtype=np.float32).reshape(3, 2)
-  batch = parallel.put_batch({"rows": rows}, mesh)["rows"]
-  split = parallel.put_whole(weights, jax.NamedSharding(mesh, jax.P(None, "tensor")))
-  assert split.addressable_data(0).shape == (3, 1)
-  with jax.set_mesh(mesh):
-    product = jax.jit(lambda a, b: jax.reshard(a @ b, jax.P()))(batch, split)
-  np.testing.assert_array_equal(product, rows @ weights)
+def share_rows(number):
+  """A batch on meshes whose rows are not those of process 0, then those of process 1."""
+  here = jax.devices()
+  interleaved = parallel.make_mesh(fsdp=4, devices=[here[i] for i in (0, 2, 3, 1)])
+  across = parallel.make_mesh(tensor=4)  # both have all rows, and their part of each weight
+  whole = np.arange(12.0, dtype=np.float32).reshape(4, 3)
+  weights = np.arange(12.0, dtype=np.float32).reshape(3, 4)
+  for mesh, own in ((interleaved, [[0, 3], [1, 2]][number]), (across, [0, 1, 2, 3])):
+    assert parallel.own_rows(mesh, 4).tolist() == own
+    rows = parallel.put_batch({"rows": whole[own]}, mesh)["rows"]
+    split = parallel.put_whole(weights, jax.NamedSharding(mesh, jax.P(None, "tensor")))
+    with jax.set_mesh(mesh):
+      product = jax.jit(lambda a, b: jax.reshard(a, jax.P()) @ jax.reshard(b, jax.P()))(rows, split)
+    np.testing.assert_array_equal(product, whole @ weights)
 
 
 if __name__ == "__main__":
   port, number, folder, task = sys.argv[1:]
   parallel.initialize(f"localhost:{port}", 2, int(number))
-  share_rows()
-  train(config_for(Path(folder), 2, task), Path(folder) / "two", progress=False, announce=print)
+  share_rows(int(number))
+  train(config_for(Path(folder), 4, task), Path(folder) / "two", progress=False, announce=print)
