@@ -148,6 +148,16 @@ def claim(config, workdir: Path, write: bool = False) -> None:
     write_json(path, wanted)
 
 
+def count_start(workdir: Path) -> int:
+  """How often the run of this work directory was started again; counts this start. 0 on process > 0."""
+  if jax.process_index() > 0:
+    return 0
+  path = workdir / "restarts.json"
+  restarts = json.loads(path.read_text())["restarts"] + 1 if path.exists() else 0
+  write_json(path, {"restarts": restarts})
+  return restarts
+
+
 def first_difference(a, b, path: str = "config") -> str:
   """The dotted name of the first key in which two nested dicts differ."""
   if isinstance(a, dict) and isinstance(b, dict):

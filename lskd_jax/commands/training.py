@@ -1,4 +1,5 @@
 """`lskd train`."""
+import contextlib
 import functools
 from pathlib import Path
 
@@ -28,6 +29,14 @@ def add_verbs(verbs) -> None:
 
 def train(args) -> None:
   """Trains or resumes what a config file describes."""
+  from lskd_jax import peers, preemption
+  # First of all: what follows, imports, corpus and compiles, takes minutes.
+  with contextlib.closing(preemption.install()) as stop, peers.leaving_at_once(args.workdir, stop):
+    run_config(args, stop)
+
+
+def run_config(args, stop) -> None:
+  """`train`, with the `Preemption` that may end it."""
   from lskd_jax.config_files import load_config
   config = load_config(args.config, args.overrides)  # before anything slow
   corpus = Path(config.data.corpus)
@@ -39,6 +48,6 @@ def train(args) -> None:
   from lskd_jax.train import train as run
   parallel.initialize(args.coordinator, args.processes, args.process_id, multi_host=args.multi_host,
                       heartbeat_seconds=args.heartbeat)
-  done = run(config, args.workdir, announce=functools.partial(print, flush=True))
+  done = run(config, args.workdir, announce=functools.partial(print, flush=True), stop=stop)
   if jax.process_index() == 0:
     print(f"train: {done.steps} steps; the model is in {done.model}")
