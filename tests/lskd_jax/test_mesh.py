@@ -26,6 +26,8 @@ def one_step(shape):
     state, metrics = train(state, frozen, tiny.put(tiny.batch(images=8)), jax.random.key(3))
     numpy = jax.tree.map(np.asarray, state)
     gradients = jax.tree.map(lambda a: a / (1 - tiny.ADAM.b1), numpy["opt"][1][0].mu)
+    fed = metrics.pop("examples")
+    assert np.asarray(fed["image_id"]).tolist() == list(range(8))
     return SimpleNamespace(metrics={name: float(value) for name, value in metrics.items()},
                            gradients=gradients, params=numpy["params"], before=before,
                            after=shardings(state))
