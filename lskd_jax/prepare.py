@@ -66,6 +66,18 @@ def decoder_sizes(config, tokenizer, source: dict | None) -> dict:
   return {"vocabulary": tokenizer.get_vocab_size(), "pad": text.pad, "start": start, "end": text.end} | wanted
 
 
+def start_weights(config) -> dict | None:
+  """The parameters of `init.model` as nested dicts of NumPy arrays; None if a run starts from random ones.
+
+  Raises CheckpointError: no model directory, or damaged.
+  """
+  if not config.init.model:
+    return None
+  about, source = checkpoint.load_model(config.init.model)
+  # The whole student is one part of a critic.
+  return {"student": source} if config.task == "critic" and about["kind"] == "student" else source
+
+
 def make_objective(config) -> Callable:
   """(model, batch, key) -> losses and metrics, of the config's task."""
   if config.task == "tagger":

@@ -5,7 +5,8 @@ checkpoint never knows a batch that its parameters have not seen, and a run that
 continues bit for bit.
 
 The work directory: config.json, tokenizer/, checkpoints/, frozen/, damaged/ (checkpoints set aside),
-features/, metrics.jsonl, examples.jsonl, tensorboard/, restarts.json, and at the end model/ and done.json.
+features/, parameters.txt, metrics.jsonl, examples.jsonl, tensorboard/, restarts.json, and at the end model/
+and done.json.
 """
 from collections.abc import Callable
 import contextlib
@@ -25,11 +26,31 @@ from data_pipeline.judge import read_judgements
 from data_pipeline.loader import Loader
 from data_pipeline.records import DataError
 from data_pipeline.stages import write_json
-from lskd_jax import checkpoint, features, metrics, optim, parallel, peers, preemption, step, trees
+from lskd_jax import (
+  checkpoint,
+  features,
+  metrics,
+  optim,
+  parallel,
+  parameter_table,
+  peers,
+  preemption,
+  step,
+  trees,
+)
 from lskd_jax.fed import Fed
+from lskd_jax.frozen import narrowed, widened
 from lskd_jax.judged import judged_corpus, judgement_columns
 from lskd_jax.models import build
-from lskd_jax.prepare import claim, count_start, find_tokenizer, loader_options, make_objective, sized
+from lskd_jax.prepare import (
+  claim,
+  count_start,
+  find_tokenizer,
+  loader_options,
+  make_objective,
+  sized,
+  start_weights,
+)
 from lskd_jax.watchdog import Watchdog
 
 log = logging.getLogger(__name__)
@@ -43,7 +64,7 @@ class Run(NamedTuple):
 
 
 def train(config, workdir, *, evaluate: Callable | None = None, progress: bool = True,
-          stop: preemption.Preemption | None = None) -> Run:
+          announce: Callable[[str], None] | None = None, stop: preemption.Preemption | None = None) -> Run:
   """Trains or resumes; a finished run returns at once.
 
   In a run of several processes an error in one of them ends it at once, with its exit code.
@@ -53,6 +74,7 @@ def train(config, workdir, *, evaluate: Callable | None = None, progress: bool =
     workdir: made when missing; belongs to this config alone.
     evaluate: (graph, state, step) -> {metric: value}, every `config.eval.every` steps; its metric
       `config.guard.metric` decides about extending the run.
+    announce: given what the run starts on, as text: processes, mesh, parameters. None = not wanted.
     stop: `preemption.install()`, made as early as possible; None leaves SIGTERM to the caller.
 
   Raises:
@@ -72,14 +94,19 @@ def train(config, workdir, *, evaluate: Callable | None = None, progress: bool =
   with peers.leaving_at_once(workdir, stop), watch, contextlib.closing(stop):
     stop.keep_handler()
     mesh = parallel.make_mesh(**config.train.mesh)
+    own_rows = parallel.own_rows(mesh, config.data.batch_size)
+    if announce:
+      about = parallel.overview(mesh, config.data.batch_size)
+      if jax.process_index() == 0:
+        announce("\n".join(f"{name:18}{value}" for name, value in about.items()))
     with jax.set_mesh(mesh):
-      done = _train(config, workdir, mesh, evaluate, progress, stop, watch)
+      done = _train(config, workdir, mesh, own_rows, evaluate, progress, announce, stop, watch)
     if jax.process_index() == 0:
       write_json(finished, done)
   return Run(model_dir, done["step"], done["extended"])
 
 
-def _train(config, workdir: Path, mesh, evaluate, progress: bool, stop, watch) -> dict:
+def _train(config, workdir: Path, mesh, own_rows, evaluate, progress: bool, announce, stop, watch) -> dict:
   # --- data ---
   corpus = open_corpus(config.data.corpus, config.data.image_root or None,
                        config.data.min_score, config.data.split or None)
@@ -98,10 +125,7 @@ def _train(config, workdir: Path, mesh, evaluate, progress: bool, stop, watch) -
   make = build.maker(config.task, model_config, tokenizer)
   graph, state = build.initialize(make, config.seed)
   if config.init.model:
-    about, source = checkpoint.load_model(config.init.model)
-    if config.task == "critic" and about["kind"] == "student":
-      source = {"student": source}  # the whole student is one part of a critic
-    state = build.copy_parts(state, source, tuple(config.init.parts))
+    state = build.copy_parts(state, start_weights(config), tuple(config.init.parts))
   frozen_parts = tuple(config.train.frozen)
   graph, params, frozen = step.split(nnx.merge(graph, state), frozen_parts)
   names = {name for path, _ in nnx.to_flat_state(frozen) for name in path}
@@ -125,6 +149,7 @@ def _train(config, workdir: Path, mesh, evaluate, progress: bool, stop, watch) -
     cached = features.cached_features(vit, corpus, config.data.features or workdir / "features",
                                       progress=progress)
     watch.at("start", 0)
+  frozen = narrowed(graph, params, frozen, config.train.frozen_dtype)
   loader = Loader(corpus, tokenizer, options, config.seed)
   columns = judgement_columns(corpus, judgements) if config.task == "critic" else None
   objective = make_objective(config)
@@ -132,7 +157,7 @@ def _train(config, workdir: Path, mesh, evaluate, progress: bool, stop, watch) -
   restarts = count_start(workdir)
 
   def batches(start: int, end: int):
-    for batch in loader.batches(start, end - start, jax.process_index(), jax.process_count()):
+    for batch in loader.batches(start, end - start, own_rows):
       if cached is not None:
         batch["features"] = cached[batch["image_id"]]
       if columns is not None:
@@ -149,6 +174,8 @@ def _train(config, workdir: Path, mesh, evaluate, progress: bool, stop, watch) -
   extended = False
   with checkpoint.Checkpointer(workdir, config.train.keep, config.train.save_every) as saver:
     state = {**jax.jit(lambda p: step.init_state(p, tx))(params), "frozen": frozen}
+    if announce:
+      parameter_table.announce(state, mesh, workdir, announce)
     watch.at("restore", 0)
     found = saver.restore_latest(state, mesh)
     extra = {"extended": False, "examples": ""}
@@ -222,8 +249,8 @@ def _train(config, workdir: Path, mesh, evaluate, progress: bool, stop, watch) -
           stop.ready(now)
           stop.keep_handler()
           rates.restart()  # the first step compiles
-        count = int(batch["statement_valid"].sum()) * jax.process_count()
-        rates.count(len(batch["image_id"]) * jax.process_count(), count)
+        others = options.batch_size / len(own_rows)  # have as many valid statements, on average
+        rates.count(options.batch_size, int(batch["statement_valid"].sum() * others))
         bar.update()
         if now % config.train.log_every == 0 or now == steps:
           writer.write(now, values | rates.report())
@@ -231,6 +258,8 @@ def _train(config, workdir: Path, mesh, evaluate, progress: bool, stop, watch) -
         timer.ask_if_due()
     watch.at("save", now)
     saver.wait()
+  if config.train.frozen_dtype:
+    frozen = widened(frozen, start_weights(config))
   build.save(workdir / "model", config.task, model_config,
              nnx.merge_state(state["params"], frozen), tokenizer_dir)
   return {"step": steps, "params_digest": trees.params_digest(state["params"]),

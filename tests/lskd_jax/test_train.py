@@ -333,7 +333,7 @@ def test_a_critic_learns_judgements_from_the_students_features(folder, student, 
     (dict(train=dict(frozen=()), data=dict(cache_features=True)), "add 'vit' to train.frozen"),
     (dict(data=dict(cache_features=True, region_mode="overlay")), "images=False has no pixels"),
     (dict(task="teacher"), "task 'teacher' is unknown: choose tagger, student, generative, critic"),
-    (dict(train=dict(mesh=dict(fsdp=64))), "mesh 1x1x64x1 needs 64 devices, .* set train.mesh"),
+    (dict(train=dict(mesh=dict(fsdp=64))), "train.mesh.fsdp=64 needs 64 devices, there are 8"),
     (dict(task="tagger", train=dict(microbatches=2)), "train.microbatches=2: a tagger"),
     (dict(task="critic", data=dict(texts=dict(captions=0.1))), "data.texts.captions=0.1: a critic"),
 ])
