@@ -59,7 +59,8 @@ class Processes:
     with socket.socket() as found:
       found.bind(("localhost", 0))
       port = found.getsockname()[1]
-    self.workdir = workdir
+    self.workdir, self.metrics = workdir, workdir / "metrics.jsonl"
+    self.before = self.metrics.exists() and self.metrics.stat().st_ino  # a run makes the file anew
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "JAX_NUM_CPU_DEVICES": str(2 // count)}
     self.log = workdir.with_suffix(".log").open("a")
     self.children = []
@@ -84,9 +85,10 @@ class Processes:
     return self.workdir.with_suffix(".log").read_text()
 
   def at_step(self, step):
-    """Waits until the metrics have a line of this step."""
+    """Waits until this run has written a line of this step."""
     end = time.monotonic() + LONG
-    while not any(line["step"] >= step for line in read_metrics(self.workdir / "metrics.jsonl")):
+    while (not self.metrics.exists() or self.metrics.stat().st_ino == self.before
+           or not any(line["step"] >= step for line in read_metrics(self.metrics))):
       assert time.monotonic() < end and all(child.poll() is None for child in self.children), self.said()
       time.sleep(0.01)
     return self
