@@ -105,7 +105,7 @@ class Watchdog:
       self._end(exit_codes.PEER_LOST, lost)
     elif self._clock() - where["time"] > self.limit(where["phase"]):
       busy = any(line["phase"] in WAITED_FOR and self._clock() - line["time"] <= self._compile_limit
-                 for line in board.values())
+                 and self._signs["board", i][1] <= SILENT for i, line in board.items())
       if not busy:
         verdict = self._verdict(board)
         self._store.set(f"stuck/{self._store.index}", verdict)
@@ -118,7 +118,7 @@ class Watchdog:
       if code not in fine and self._looks_since("left", i, code) > LEFT:
         return f"process {i} ended with code {code}"
     for i, line in board.items():
-      silent = i != self._store.index and self._looks_since("board", i, line["alive"]) > SILENT
+      silent = self._looks_since("board", i, line["alive"]) > SILENT and i != self._store.index
       if silent and line["phase"] in ("step", "data", "save"):  # elsewhere one call may keep all threads out
         return f"process {i} has given no sign of life since step {line['step']} in {line['phase']}"
     return None

@@ -146,7 +146,7 @@ def test_a_lost_process_and_a_sigterm_to_one_of_two_change_nothing_but_time(fold
 def test_a_process_that_stands_still_is_named_and_the_run_ends(folder):
   workdir = folder / "stuck"
   with Processes(workdir, 2, "--config.train.hang_after=5.0") as run:
-    run.at_step(3).children[1].send_signal(signal.SIGSTOP)
+    run.at_step(20).children[1].send_signal(signal.SIGSTOP)
     assert run.children[0].wait(timeout=LONG) == STUCK, run.said()
   assert "process 1 is late" in json.loads((workdir / "crash-0.json").read_text())["reason"]
   assert "train.py" in (workdir / "stacks-0.txt").read_text()

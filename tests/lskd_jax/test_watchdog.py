@@ -67,6 +67,16 @@ def test_a_process_that_compiles_is_waited_for_by_itself_and_by_others(run, phas
   assert run.codes == {0: STUCK}
 
 
+def test_a_process_that_is_gone_is_not_waited_for_even_if_it_was_compiling(run):
+  """The board is a second old: it may have stopped in a step since."""
+  put(run, ("step", "compile"), (8, 7))
+  run.clock.now += 400
+  look(run.dogs[0], watchdog.SILENT)
+  assert run.codes == {}
+  look(run.dogs[0], 3)
+  assert run.codes == {0: STUCK}
+
+
 def test_slow_steps_have_ten_times_their_median(run):
   dog = run.dogs[0]
   for step in range(5):
