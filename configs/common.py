@@ -62,7 +62,9 @@ def get_config() -> ConfigDict:
                                  # 0 for a generative student that is asked questions
       end=1.0,                   # weight of the token that ends a text, in LM (LAVIS: as any other)
       smoothing=0.1,             # label smoothing of ITC and LM (LAVIS)
-      detach_gathered=False))    # True: ITC's gradient reaches one side of each direction, as in LAVIS
+      detach_gathered=False,     # True: ITC's gradient reaches one side of each direction, as in LAVIS
+      itc_block=0,               # images whose statements ITC compares at a time; 0 = the whole batch at once
+      pool=0))                   # images among which ITM's negatives are drawn; 0 = the whole batch
 
   config.optim = ConfigDict(dict(
       learning_rate=1e-5, warmup_steps=1000, steps=10_000, final_share=0.1,  # LSKD
@@ -71,7 +73,7 @@ def get_config() -> ConfigDict:
   config.train = ConfigDict(dict(
       mesh=ConfigDict(dict(      # devices along each axis; see lskd_jax/parallel.py
           slice=1, data=1, fsdp=1, tensor=1)),
-      microbatches=1,            # gradient accumulation over statements; LM only
+      microbatches=1,            # parts of a batch's images whose gradients are added up, negatives included
       frozen=("vit",),           # parts without gradients and optimizer state
       save_every=1000, keep=3, log_every=50, tensorboard=True))
 

@@ -1,6 +1,7 @@
 """From a config to the parts of a run: sizes, tokenizer, loader, objective; and who owns a work directory."""
 from collections.abc import Callable
 import json
+import math
 from pathlib import Path
 
 import jax
@@ -11,11 +12,12 @@ from data_pipeline.examples import LoaderOptions
 from data_pipeline.records import DataError
 from data_pipeline.stages import write_json
 from data_pipeline.texts import text_encoder
-from lskd_jax import checkpoint, losses
+from lskd_jax import checkpoint, losses, rows
 from lskd_jax.models import build
 from lskd_jax.models.generative import GenerativeConfig
 from lskd_jax.models.student import StudentConfig
 from lskd_jax.models.vit import VitConfig
+from lskd_jax.parallel import BATCH
 
 
 def sized(config, tokenizer) -> StudentConfig | GenerativeConfig:
@@ -69,9 +71,6 @@ def decoder_sizes(config, tokenizer, source: dict | None) -> dict:
 def make_objective(config) -> Callable:
   """(model, batch, key) -> losses and metrics, of the config's task."""
   if config.task == "tagger":
-    if config.train.microbatches > 1:
-      raise DataError(f"train.microbatches={config.train.microbatches}: a tagger learns the words of "
-                      "all texts of a picture together; set it to 1")
     return lambda model, batch, key: losses.words_loss(model, batch, len(tokenizers.SPECIAL_TOKENS))
   if config.task == "critic":
     return losses.critic_loss
@@ -81,7 +80,16 @@ def make_objective(config) -> Callable:
       raise DataError(f"loss.question={weights['question']}: T5 reads questions and writes none; set it "
                       "to 0")
     return lambda model, batch, key: losses.generative_loss(model, batch, weights, key)
-  return lambda model, batch, key: losses.student_loss(model, batch, weights, key)
+  return losses.student_objective(weights)
+
+
+def check_division(config, mesh) -> None:
+  """Raises ValueError where the batch cannot be divided as the config asks on this mesh."""
+  images, devices = config.data.batch_size, math.prod(mesh.shape[axis] for axis in BATCH)
+  parts, block = config.train.microbatches, config.loss.itc_block
+  rows.check_parts(images, devices, parts, f"train.microbatches={parts}")
+  rows.check_parts(images, devices, rows.block_count(images, block), f"loss.itc_block={block}")
+  rows.check_pool(images, config.loss.pool)
 
 
 def loader_options(config) -> LoaderOptions:

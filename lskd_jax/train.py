@@ -25,7 +25,7 @@ from data_pipeline.stages import write_json
 from lskd_jax import checkpoint, features, metrics, optim, parallel, step
 from lskd_jax.judged import judged_corpus, judgement_columns
 from lskd_jax.models import build
-from lskd_jax.prepare import claim, find_tokenizer, loader_options, make_objective, sized
+from lskd_jax.prepare import check_division, claim, find_tokenizer, loader_options, make_objective, sized
 
 
 class Run(NamedTuple):
@@ -55,6 +55,7 @@ def train(config, workdir, *, evaluate: Callable | None = None, progress: bool =
     done = json.loads(finished.read_text())
     return Run(model_dir, done["steps"], done["extended"])
   mesh = parallel.make_mesh(**config.train.mesh)
+  check_division(config, mesh)
   with jax.set_mesh(mesh):
     run = _train(config, workdir, mesh, evaluate, progress)
   if jax.process_index() == 0:
