@@ -18,16 +18,21 @@ def in_parts(tree, parts: int):
   So each device keeps its rows and has as many in each part, and the parts are the same for any number of
   devices. Works on whole arrays and on each device.
   """
-  def cut(rows):
-    return jax.lax.reshape(rows, (len(rows) // parts, parts, *rows.shape[1:])).swapaxes(0, 1)
+  cut = lambda rows: _rows_to(rows, (len(rows) // parts, parts, *rows.shape[1:])).swapaxes(0, 1)
   return jax.tree.map(cut, tree)
 
 
 def joined(tree):
   """The inverse of `in_parts`: [parts, B / parts, ...] -> [B, ...], for each leaf."""
   def join(parts):
-    return jax.lax.reshape(parts.swapaxes(0, 1), (parts.shape[0] * parts.shape[1], *parts.shape[2:]))
+    count, size, *rest = parts.shape
+    return _rows_to(parts.swapaxes(0, 1), (count * size, *rest))
   return jax.tree.map(join, tree)
+
+
+def _rows_to(rows: jax.Array, shape: tuple[int, ...]) -> jax.Array:
+  """A reshape that leaves the first axis split as it is: left alone, JAX moves mesh axes to later ones."""
+  return jax.lax.reshape(rows, shape, out_sharding=jax.P(*jax.typeof(rows).sharding.spec[:1]))
 
 
 def check_parts(batch_size: int, devices: int, parts: int, key: str) -> None:

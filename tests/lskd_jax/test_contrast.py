@@ -105,8 +105,9 @@ def test_the_statements_of_an_image_are_all_its_positives():
   text = np.eye(images * texts, dtype=np.float32).reshape(images, texts, -1)
   rows = {"text": text, "ids": np.arange(images, dtype=np.int32), "valid": np.ones((images, texts), bool)}
   with jax.set_mesh(make_mesh()):
-    before, after = (np.asarray(contrast.statement_losses(*put({"image": image} | rows).values(), 0.2, 0.0))[0]
-                     for image in (scores, closer))
+    before, after = (
+        np.asarray(contrast.statement_losses(*put({"image": image} | rows).values(), 0.2, 0.0))[0]
+        for image in (scores, closer))
   assert after[0] < before[0] and after[1] == before[1]
 
 
@@ -160,5 +161,5 @@ def test_what_the_compiled_loss_needs_grows_with_a_devices_rows_alone():
 
 
 def test_blocks_must_divide_the_batch():
-  with jax.set_mesh(make_mesh()), pytest.raises(ValueError, match="loss.itc_block=3 does not divide .*=16: set"):
+  with jax.set_mesh(make_mesh()), pytest.raises(ValueError, match="itc_block=3 does not divide .*=16: set"):
     loss_and_gradients(put(batch()), jnp.float32(TEMPERATURE), block=3)

@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 
 from lskd_jax import losses
+from lskd_jax.models import layers
 from lskd_jax.models.regions import mention_slots
 from tests.lskd_jax import tiny
 from tests.lskd_jax.tiny import DIGIT, OPENS_BRACKET, REGIONS, STUDENT, put
@@ -114,6 +115,9 @@ class Stub:
     self.config = dataclasses.replace(STUDENT, region_mode=region_mode)
     self.pairs = []
 
+  def temperature(self):
+    return 1.0
+
   def slots(self, tokens):
     return mention_slots(tokens, jnp.asarray(OPENS_BRACKET), jnp.asarray(DIGIT))
 
@@ -146,12 +150,14 @@ def rows():
 
 
 @functools.partial(jax.jit, static_argnames=("region_mode", "region_swap"))
-def jitted_itm(batch, scores, keys, region_mode, region_swap):
+def jitted_itm(batch, scores, key, region_mode, region_swap):
   stub = Stub(region_mode)
   sight = stub.see(batch["features"], batch["boxes"], batch["region_valid"])
-  negatives = losses.draw_negatives(stub, batch, scores, keys[1], keys[3])
-  found = losses.itm_rows(stub, batch["features"], batch, sight, negatives,
-                          {"region_swap": region_swap}, keys)
+  # Statement k is the unit vector k, so that what an image is there is their similarity.
+  vectors = {"image": layers.reshape(scores, IMAGES, 1, IMAGES * TEXTS), "text": batch.pop("basis")}
+  weights = tiny.LOSS | {"itc": 0.0, "region_swap": region_swap}
+  _, drawn = losses.student_objective(weights).across(stub, vectors, batch, key)
+  found = losses.itm_rows(stub, batch | drawn, sight, weights, [None] * 3)
   (sight, tokens, logits), other_image, *swapped = stub.pairs  # own and other texts share a pass
   own, other_text = ((sight, tokens[:, part], logits[:, part])
                      for part in (slice(0, TEXTS), slice(TEXTS, 2 * TEXTS)))
@@ -160,9 +166,9 @@ def jitted_itm(batch, scores, keys, region_mode, region_swap):
 
 def run_itm(rows, scores, seed=0, region_mode="tokens", region_swap=1.0):
   """-> {name: (loss, accuracy)}, {name: (image and regions, texts, logits)}, all in NumPy."""
-  keys = list(jax.random.split(jax.random.key(seed), 7))
-  found, pairs = jitted_itm(put(rows), *on_mesh(s=scores.astype(np.float32)), keys, region_mode,
-                            region_swap)
+  basis = np.eye(IMAGES * TEXTS, dtype=np.float32).reshape(IMAGES, TEXTS, -1)
+  found, pairs = jitted_itm(put(rows | {"basis": basis}), *on_mesh(s=scores.astype(np.float32)),
+                            jax.random.key(seed), region_mode, region_swap)
   return ({name: found[name] for name in ORDER if name in found},
           jax.tree.map(np.asarray, pairs))
 

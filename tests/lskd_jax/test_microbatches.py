@@ -87,7 +87,7 @@ def learnt(mesh=(), parts=1, frozen=True, rate=0.0, **loss):
 
 
 def batch():
-  """Parts with unequal numbers of words and statements, an image in two rows, and one alone with its regions."""
+  """Parts with unequal numbers of words and statements, and an image in two rows."""
   rows = tiny.batch(images=IMAGES, statements=TEXTS)
   rows["image_id"][6] = rows["image_id"][1]
   rows["statement_valid"][3] = False
@@ -125,8 +125,8 @@ def test_negatives_are_of_the_whole_batch():
   """Parts of their own, as separate batches, have other and fewer negatives: another loss."""
   whole, _ = learnt()
   with jax.set_mesh(make_mesh()):
-    halves = [losses.student_loss(Small(), put({name: rows[i::2] for name, rows in batch().items()}), LOSS, KEY)
-              for i in (0, 1)]
+    parts = [put({name: rows[i::2] for name, rows in batch().items()}) for i in (0, 1)]
+    halves = [losses.student_loss(Small(), part, LOSS, KEY) for part in parts]
   apart = {name: sum(half[0][name].total for half in halves) / sum(half[0][name].weight for half in halves)
            for name in NAMES}
   assert float(apart["lm"]) == pytest.approx(whole["lm"], rel=1e-5)
@@ -150,6 +150,6 @@ def test_dropout_is_the_same_in_both_passes():
 
 
 def test_parts_must_divide_the_rows_of_every_device():
-  with pytest.raises(ValueError, match="train.microbatches=3: 16 images on 4 devices cannot be divided into 3 "
-                                       "equal parts; make data.batch_size a multiple of 12"):
+  with pytest.raises(ValueError, match="=3: 16 images on 4 devices cannot be divided into 3 equal parts; "
+                                       "make data.batch_size a multiple of 12"):
     check_parts(16, 4, 3, "train.microbatches=3")

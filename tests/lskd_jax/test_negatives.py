@@ -20,10 +20,11 @@ KEYS = tuple(jax.random.key(seed) for seed in (1, 2))
 MESHES = {"1": {}, "8": dict(data=8), "2x4": dict(data=2, fsdp=4), "4x2": dict(data=4, fsdp=2)}
 
 
-def stub(uses_region_tokens=True, temperature=TEMPERATURE):
+def stub(uses_region_tokens):
   """What drawing asks of a student."""
   return SimpleNamespace(
-      config=SimpleNamespace(uses_region_tokens=uses_region_tokens), temperature=lambda: jnp.float32(temperature),
+      config=SimpleNamespace(uses_region_tokens=uses_region_tokens),
+      temperature=lambda: jnp.float32(TEMPERATURE),
       slots=lambda tokens: mention_slots(tokens, jnp.asarray(OPENS_BRACKET), jnp.asarray(DIGIT)))
 
 
@@ -95,7 +96,7 @@ def test_draws_are_those_of_the_definition_on_every_mesh_and_in_every_block(rows
 
 
 def test_a_student_without_region_tokens_may_be_shown_any_mention(rows):
-  """Image 2 has one region, and texts that mention others are then shown to it, and its to none less."""
+  """It has no regions to lack: with region tokens, a text that points finds no image without regions."""
   few = np.zeros((IMAGES, REGIONS), bool)
   got = draw_on("1", rows | {"region_valid": few}, uses_region_tokens=False)
   assert got.has_image.all() and got.has_text.all()
@@ -116,12 +117,12 @@ def test_draws_follow_the_softmax_of_similarity_over_temperature():
   for b in range(size):
     for k in range(3):
       scores[b, (b + k + 1) % size] = logits[k]
+  own, one = np.arange(pools * size, dtype=np.int32), np.ones((pools * size, 1), bool)
   rows = {"image_vectors": np.tile(scores[:, None] * TEMPERATURE, (pools, 1, 1)).astype(np.float32),
           "text_vectors": np.tile(np.eye(size)[:, None], (pools, 1, 1)).astype(np.float32),
-          "image_id": np.arange(pools * size, dtype=np.int32), "tokens": np.full((pools * size, 1, 1), tiny.WORDS),
-          "region_valid": np.ones((pools * size, 1), bool), "statement_valid": np.ones((pools * size, 1), bool)}
+          "image_id": own, "tokens": np.full((pools * size, 1, 1), tiny.WORDS),
+          "region_valid": one, "statement_valid": one}
   got = draw_on("8", rows, pool=size, block=400)
-  own = np.arange(pools * size)
   share = lambda distance: np.bincount(distance % size, minlength=size) / len(own)
   np.testing.assert_allclose(share(got.text[:, 0] - own), [0, 1 / 6, 2 / 6, 3 / 6], atol=0.03)
   np.testing.assert_allclose(share(own - got.image), [0, 1 / 6, 2 / 6, 3 / 6], atol=0.03)
