@@ -71,10 +71,14 @@ def get_config() -> ConfigDict:
       clip_norm=1.0, b1=0.9, b2=0.999, eps=1e-8, weight_decay=0.05))
 
   config.train = ConfigDict(dict(
-      mesh=ConfigDict(dict(      # devices along each axis; see lskd_jax/parallel.py
-          slice=1, data=1, fsdp=1, tensor=1)),
+      mesh=ConfigDict(dict(      # devices along each axis (docs/training.md, section 5)
+          slice=-1,              # pods joined by the data centre's network; -1 = as many as there are
+          data=1,                # copies of the parameters; rows of the batch
+          fsdp=-1,               # pieces of each parameter; rows of the batch. -1 = the remaining devices
+          tensor=1)),            # pieces of heads and hidden widths
       microbatches=1,            # parts of a batch's images whose gradients are added up, negatives included
       frozen=("vit",),           # parts without gradients and optimizer state
+      frozen_dtype="",           # how their kernels are stored: "" = float32, or model.dtype
       save_every=1000, keep=3, log_every=50, tensorboard=True))
 
   config.eval = ConfigDict(dict(every=0))  # steps between evaluations; 0 = none

@@ -68,6 +68,18 @@ def decoder_sizes(config, tokenizer, source: dict | None) -> dict:
   return {"vocabulary": tokenizer.get_vocab_size(), "pad": text.pad, "start": start, "end": text.end} | wanted
 
 
+def start_weights(config) -> dict | None:
+  """The parameters of `init.model` as nested dicts of NumPy arrays; None if a run starts from random ones.
+
+  Raises CheckpointError: no model directory, or damaged.
+  """
+  if not config.init.model:
+    return None
+  about, source = checkpoint.load_model(config.init.model)
+  # The whole student is one part of a critic.
+  return {"student": source} if config.task == "critic" and about["kind"] == "student" else source
+
+
 def make_objective(config) -> Callable:
   """(model, batch, key) -> losses and metrics, of the config's task."""
   if config.task == "tagger":
@@ -85,10 +97,10 @@ def make_objective(config) -> Callable:
 
 def check_division(config, mesh) -> None:
   """Raises ValueError where the batch cannot be divided as the config asks on this mesh."""
-  images, devices = config.data.batch_size, math.prod(mesh.shape[axis] for axis in BATCH)
+  images, groups = config.data.batch_size, math.prod(mesh.shape[axis] for axis in BATCH)
   parts, block = config.train.microbatches, config.loss.itc_block
-  rows.check_parts(images, devices, parts, f"train.microbatches={parts}")
-  rows.check_parts(images, devices, rows.block_count(images, block), f"loss.itc_block={block}")
+  rows.check_parts(images, groups, parts, f"train.microbatches={parts}")
+  rows.check_parts(images, groups, rows.block_count(images, block), f"loss.itc_block={block}")
   rows.check_pool(images, config.loss.pool)
 
 

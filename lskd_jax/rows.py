@@ -35,12 +35,11 @@ def _rows_to(rows: jax.Array, shape: tuple[int, ...]) -> jax.Array:
   return jax.lax.reshape(rows, shape, out_sharding=jax.P(*jax.typeof(rows).sharding.spec[:1]))
 
 
-def check_parts(batch_size: int, devices: int, parts: int, key: str) -> None:
-  """Raises ValueError unless `parts` divide the rows of every device; `key`: what asks for them."""
-  rows = batch_size // devices
-  if batch_size % devices or rows % parts:
-    raise ValueError(f"{key}: {batch_size} images on {devices} devices cannot be divided into {parts} equal "
-                     f"parts; make data.batch_size a multiple of {devices * parts}")
+def check_parts(batch_size: int, groups: int, parts: int, key: str) -> None:
+  """Raises ValueError unless the rows of each group of devices can be divided; `key`: what asks for it."""
+  if batch_size % (groups * parts):
+    raise ValueError(f"{key}: {batch_size} images over {groups} groups of devices (slice x data x fsdp) "
+                     f"cannot be divided into {parts} equal parts; make data.batch_size a multiple of {groups * parts}")
 
 
 def check_pool(batch_size: int, pool: int) -> None:

@@ -5,7 +5,7 @@ checkpoint never knows a batch that its parameters have not seen, and a run that
 continues bit for bit.
 
 The work directory: config.json, tokenizer/, checkpoints/, frozen/, damaged/ (checkpoints set aside),
-features/, metrics.jsonl, tensorboard/, and at the end model/ and finished.json.
+features/, parameters.txt, metrics.jsonl, tensorboard/, and at the end model/ and finished.json.
 """
 from collections.abc import Callable
 import json
@@ -22,10 +22,19 @@ from data_pipeline.judge import read_judgements
 from data_pipeline.loader import Loader
 from data_pipeline.records import DataError
 from data_pipeline.stages import write_json
-from lskd_jax import checkpoint, features, metrics, optim, parallel, step
+from lskd_jax import checkpoint, features, metrics, optim, parallel, parameter_table, step
+from lskd_jax.frozen import narrowed, widened
 from lskd_jax.judged import judged_corpus, judgement_columns
 from lskd_jax.models import build
-from lskd_jax.prepare import check_division, claim, find_tokenizer, loader_options, make_objective, sized
+from lskd_jax.prepare import (
+  check_division,
+  claim,
+  find_tokenizer,
+  loader_options,
+  make_objective,
+  sized,
+  start_weights,
+)
 
 
 class Run(NamedTuple):
@@ -35,7 +44,8 @@ class Run(NamedTuple):
   extended: bool
 
 
-def train(config, workdir, *, evaluate: Callable | None = None, progress: bool = True) -> Run:
+def train(config, workdir, *, evaluate: Callable | None = None, progress: bool = True,
+          announce: Callable[[str], None] | None = None) -> Run:
   """Trains or resumes; a finished run returns at once.
 
   Args:
@@ -43,6 +53,7 @@ def train(config, workdir, *, evaluate: Callable | None = None, progress: bool =
     workdir: made when missing; belongs to this config alone.
     evaluate: (graph, state, step) -> {metric: value}, every `config.eval.every` steps; its metric
       `config.guard.metric` decides about extending the run.
+    announce: given what the run starts on, as text: processes, mesh, parameters. None = not wanted.
 
   Raises:
     DataError, ValueError, CheckpointError: one line that names the file, key or step.
@@ -55,15 +66,20 @@ def train(config, workdir, *, evaluate: Callable | None = None, progress: bool =
     done = json.loads(finished.read_text())
     return Run(model_dir, done["steps"], done["extended"])
   mesh = parallel.make_mesh(**config.train.mesh)
+  own_rows = parallel.own_rows(mesh, config.data.batch_size)
   check_division(config, mesh)
+  if announce:
+    about = parallel.overview(mesh, config.data.batch_size)
+    if jax.process_index() == 0:
+      announce("\n".join(f"{name:18}{value}" for name, value in about.items()))
   with jax.set_mesh(mesh):
-    run = _train(config, workdir, mesh, evaluate, progress)
+    run = _train(config, workdir, mesh, own_rows, evaluate, progress, announce)
   if jax.process_index() == 0:
     write_json(finished, {"steps": run.steps, "extended": run.extended})
   return run
 
 
-def _train(config, workdir: Path, mesh, evaluate, progress: bool) -> Run:
+def _train(config, workdir: Path, mesh, own_rows, evaluate, progress: bool, announce) -> Run:
   # --- data ---
   corpus = open_corpus(config.data.corpus, config.data.image_root or None,
                        config.data.min_score, config.data.split or None)
@@ -82,10 +98,7 @@ def _train(config, workdir: Path, mesh, evaluate, progress: bool) -> Run:
   make = build.maker(config.task, model_config, tokenizer)
   graph, state = build.initialize(make, config.seed)
   if config.init.model:
-    about, source = checkpoint.load_model(config.init.model)
-    if config.task == "critic" and about["kind"] == "student":
-      source = {"student": source}  # the whole student is one part of a critic
-    state = build.copy_parts(state, source, tuple(config.init.parts))
+    state = build.copy_parts(state, start_weights(config), tuple(config.init.parts))
   frozen_parts = tuple(config.train.frozen)
   graph, params, frozen = step.split(nnx.merge(graph, state), frozen_parts)
   names = {name for path, _ in nnx.to_flat_state(frozen) for name in path}
@@ -107,13 +120,14 @@ def _train(config, workdir: Path, mesh, evaluate, progress: bool) -> Run:
     vit = vit.student.vit if config.task == "critic" else vit.vit
     cached = features.cached_features(vit, corpus, config.data.features or workdir / "features",
                                       progress=progress)
+  frozen = narrowed(graph, params, frozen, config.train.frozen_dtype)
   loader = Loader(corpus, tokenizer, options, config.seed)
   columns = judgement_columns(corpus, judgements) if config.task == "critic" else None
   objective = make_objective(config)
   claim(config, workdir, write=True)
 
   def batches(start: int, end: int):
-    for batch in loader.batches(start, end - start, jax.process_index(), jax.process_count()):
+    for batch in loader.batches(start, end - start, own_rows):
       if cached is not None:
         batch["features"] = cached[batch["image_id"]]
       if columns is not None:
@@ -130,6 +144,8 @@ def _train(config, workdir: Path, mesh, evaluate, progress: bool) -> Run:
   extended = False
   with checkpoint.Checkpointer(workdir, config.train.keep, config.train.save_every) as saver:
     state = {**jax.jit(lambda p: step.init_state(p, tx))(params), "frozen": frozen}
+    if announce:
+      parameter_table.announce(state, mesh, workdir, announce)
     found = saver.restore_latest(state, mesh)
     if found is not None:
       state, extra = found
@@ -177,8 +193,8 @@ def _train(config, workdir: Path, mesh, evaluate, progress: bool) -> Run:
         if now == start + 1:
           jax.block_until_ready(values)
           rates.restart()  # the first step compiles
-        count = int(batch["statement_valid"].sum()) * jax.process_count()
-        rates.count(len(batch["image_id"]) * jax.process_count(), count)
+        others = options.batch_size / len(own_rows)  # have as many valid statements, on average
+        rates.count(options.batch_size, int(batch["statement_valid"].sum() * others))
         bar.update()
         if now % config.train.log_every == 0 or now == steps:
           writer.write(now, values | rates.report())
@@ -186,6 +202,8 @@ def _train(config, workdir: Path, mesh, evaluate, progress: bool) -> Run:
       bar.close()
       writer.close()
     saver.wait()
+  if config.train.frozen_dtype:
+    frozen = widened(frozen, start_weights(config))
   build.save(workdir / "model", config.task, model_config,
              nnx.merge_state(state["params"], frozen), tokenizer_dir)
   return Run(workdir / "model", steps, extended)

@@ -18,7 +18,7 @@ LONGEST_FILE = 400  # lines: what can be read in one sitting
 ORDER = [
     ["lskd_jax.streams", "lskd_jax.trees", "lskd_jax.checkpoint", "lskd_jax.optim",
      "lskd_jax.metrics"],  # the leaves
-    ["lskd_jax.parallel"],
+    ["lskd_jax.parallel", "lskd_jax.exit_codes"],
     ["lskd_jax.models.layers"],
     ["lskd_jax.models.vit", "lskd_jax.models.qformer", "lskd_jax.models.regions",
      "lskd_jax.models.decoders"],  # the towers
@@ -26,7 +26,8 @@ ORDER = [
     ["lskd_jax.rows", "lskd_jax.contrast", "lskd_jax.negatives", "lskd_jax.losses"],
     ["lskd_jax.step"],
     # What a run needs besides the step: models from directories, cached features, judgements.
-    ["lskd_jax.models.build", "lskd_jax.prepare", "lskd_jax.features", "lskd_jax.judged"],
+    ["lskd_jax.models.build", "lskd_jax.prepare", "lskd_jax.features", "lskd_jax.judged", "lskd_jax.frozen",
+     "lskd_jax.parameter_table"],
     ["lskd_jax.train", "lskd_jax.evaluate", "lskd_jax.convert"],
     ["lskd_jax"],  # everything else: commands and what users call
 ]
