@@ -39,7 +39,8 @@ def check_parts(batch_size: int, groups: int, parts: int, key: str) -> None:
   """Raises ValueError unless the rows of each group of devices can be divided; `key`: what asks for it."""
   if batch_size % (groups * parts):
     raise ValueError(f"{key}: {batch_size} images over {groups} groups of devices (slice x data x fsdp) "
-                     f"cannot be divided into {parts} equal parts; make data.batch_size a multiple of {groups * parts}")
+                     f"cannot be divided into {parts} equal parts; make data.batch_size a multiple of "
+                     f"{groups * parts}")
 
 
 def check_pool(batch_size: int, pool: int) -> None:
@@ -103,7 +104,8 @@ def fetch(rows: jax.Array, at: jax.Array, batch_size: int, pool: int) -> jax.Arr
 
   @functools.partial(jax.shard_map, in_specs=(ACT_B, ACT_B), out_specs=ACT_B)
   def on_device(rows, at):
-    known = gathered(rows, within)
+    # One row is one vector here: a TPU lays out longer shapes such that it copies all that was gathered.
+    known = gathered(rows.reshape(len(rows), -1), within)
     first = jax.lax.axis_index(apart) * len(known) if apart else 0
-    return known[at - first]
+    return known[at - first].reshape(*at.shape, *rows.shape[1:])
   return on_device(jax.lax.stop_gradient(rows), at)
