@@ -92,6 +92,7 @@ def learnt(mesh=(), parts=1, frozen=True, rate=0.0, **loss):
     train = step.make_train_step(graph, sgd, losses.student_objective(weights),
                                  {name: weights[name] for name in NAMES}, parts)
     state, metrics = train(step.init_state(params, sgd), rest, put(batch()), KEY)
+    del metrics["examples"]
     gradients = jax.tree.map(lambda a, b: a - np.asarray(b), before, state["params"])
     return {name: float(value) for name, value in metrics.items()}, gradients
 

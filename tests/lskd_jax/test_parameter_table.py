@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from lskd_jax import optim, parallel, step
-from lskd_jax.frozen import narrowed
+from lskd_jax.frozen_dtype import narrowed
 from lskd_jax.models.build import run_config
 from lskd_jax.models.generative import GenerativeStudent
 from lskd_jax.models.student import Student

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from lskd_jax import step
-from lskd_jax.frozen import narrowed, widened
+from lskd_jax.frozen_dtype import narrowed, widened
 from lskd_jax.trees import named_leaves
 from tests.lskd_jax import tiny
 
