@@ -25,7 +25,7 @@ ORDER = [
     ["lskd_jax.models.vit", "lskd_jax.models.qformer", "lskd_jax.models.regions",
      "lskd_jax.models.decoders"],  # the towers
     ["lskd_jax.models"],  # student, critic, generate: what is made of towers
-    ["lskd_jax.losses"],
+    ["lskd_jax.rows", "lskd_jax.contrast", "lskd_jax.negatives", "lskd_jax.losses"],
     ["lskd_jax.step"],
     ["lskd_jax.signals", "lskd_jax.preemption", "lskd_jax.watchdog"],  # what looks after a process
     # What a run needs besides the step: models from directories, cached features, judgements.

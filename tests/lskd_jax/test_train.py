@@ -344,14 +344,15 @@ def test_a_critic_learns_judgements_from_the_students_features(folder, student, 
 
 
 @pytest.mark.parametrize("groups,error", [
-    (dict(train=dict(microbatches=2), loss=dict(itc=1.0)),
-     "train.microbatches=2 cannot be combined with itc: .* Set train.microbatches=1"),
+    (dict(train=dict(microbatches=64)),
+     "train.microbatches=64: 2 images over 1 groups .* cannot be divided into 64 equal parts; make data"),
+    (dict(loss=dict(itc_block=5)), "loss.itc_block=5 does not divide data.batch_size=2: set it to a divisor"),
+    (dict(loss=dict(pool=5)), "loss.pool=5 does not divide data.batch_size=2: set it to a divisor, or to 0"),
     (dict(train=dict(frozen=("vitt",))), "train.frozen: the model has no part 'vitt'; its parts are"),
     (dict(train=dict(frozen=()), data=dict(cache_features=True)), "add 'vit' to train.frozen"),
     (dict(data=dict(cache_features=True, region_mode="overlay")), "images=False has no pixels"),
     (dict(task="teacher"), "task 'teacher' is unknown: choose tagger, student, generative, critic"),
     (dict(train=dict(mesh=dict(fsdp=64))), "train.mesh.fsdp=64 needs 64 devices, there are 8"),
-    (dict(task="tagger", train=dict(microbatches=2)), "train.microbatches=2: a tagger"),
     (dict(task="critic", data=dict(texts=dict(captions=0.1))), "data.texts.captions=0.1: a critic"),
 ])
 def test_what_cannot_be_trained_is_one_line(folder, tmp_path, groups, error):
