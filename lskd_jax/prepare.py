@@ -3,6 +3,7 @@ from collections.abc import Callable
 import json
 from pathlib import Path
 
+from flax import nnx
 import jax
 
 from data_pipeline import tokenizer as tokenizers
@@ -11,7 +12,7 @@ from data_pipeline.examples import LoaderOptions
 from data_pipeline.records import DataError
 from data_pipeline.stages import write_json
 from data_pipeline.texts import text_encoder
-from lskd_jax import checkpoint, losses
+from lskd_jax import checkpoint, losses, optim, step
 from lskd_jax.models import build
 from lskd_jax.models.generative import GenerativeConfig
 from lskd_jax.models.student import StudentConfig
@@ -64,6 +65,28 @@ def decoder_sizes(config, tokenizer, source: dict | None) -> dict:
     return source["decoder"] | wanted
   start = text.start[0] if text.start else text.pad
   return {"vocabulary": tokenizer.get_vocab_size(), "pad": text.pad, "start": start, "end": text.end} | wanted
+
+
+def divided(config, model: nnx.Module):
+  """A model -> graph definition, trainable state, frozen state, by `train.frozen`.
+
+  Raises DataError for a part that the model lacks.
+  """
+  graph, params, frozen = step.split(model, tuple(config.train.frozen))
+  names = {name for path, _ in nnx.to_flat_state(frozen) for name in path}
+  for part in config.train.frozen:
+    if part not in names:
+      raise DataError(f"train.frozen: the model has no part {part!r}; its parts are "
+                      f"{', '.join(sorted(params.keys()))}")
+  return graph, params, frozen
+
+
+def make_step(config, graph):
+  """The optimizer of a config, and its jitted training step: see `step.make_train_step`."""
+  names = {"student": ("itc", "itm", "lm"), "generative": ("lm",)}.get(config.task, ())
+  weights = {name: config.loss[name] for name in names}
+  tx = optim.optimizer(config.optim)
+  return tx, step.make_train_step(graph, tx, make_objective(config), weights, config.train.microbatches)
 
 
 def make_objective(config) -> Callable:

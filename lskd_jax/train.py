@@ -22,10 +22,10 @@ from data_pipeline.judge import read_judgements
 from data_pipeline.loader import Loader
 from data_pipeline.records import DataError
 from data_pipeline.stages import write_json
-from lskd_jax import checkpoint, features, metrics, optim, parallel, step
+from lskd_jax import checkpoint, features, metrics, parallel, step
 from lskd_jax.judged import judged_corpus, judgement_columns
 from lskd_jax.models import build
-from lskd_jax.prepare import claim, find_tokenizer, loader_options, make_objective, sized
+from lskd_jax.prepare import claim, divided, find_tokenizer, loader_options, make_step, sized
 
 
 class Run(NamedTuple):
@@ -85,19 +85,13 @@ def _train(config, workdir: Path, mesh, evaluate, progress: bool) -> Run:
     if config.task == "critic" and about["kind"] == "student":
       source = {"student": source}  # the whole student is one part of a critic
     state = build.copy_parts(state, source, tuple(config.init.parts))
-  frozen_parts = tuple(config.train.frozen)
-  graph, params, frozen = step.split(nnx.merge(graph, state), frozen_parts)
-  names = {name for path, _ in nnx.to_flat_state(frozen) for name in path}
-  unknown = [part for part in frozen_parts if part not in names]
-  if unknown:
-    raise DataError(f"train.frozen: the model has no part {unknown[0]!r}; its parts are "
-                    f"{', '.join(sorted(params.keys()))}")
+  graph, params, frozen = divided(config, nnx.merge(graph, state))
 
   # --- what the loader gives and what the step takes ---
   options = loader_options(config)
   cached = None
   if config.data.cache_features:
-    if "vit" not in frozen_parts:
+    if "vit" not in config.train.frozen:
       raise ValueError("data.cache_features=True needs a ViT that does not change: add 'vit' to "
                        "train.frozen")
     if jax.process_count() > 1:
@@ -108,7 +102,7 @@ def _train(config, workdir: Path, mesh, evaluate, progress: bool) -> Run:
                                       progress=progress)
   loader = Loader(corpus, tokenizer, options, config.seed)
   columns = judgement_columns(corpus, judgements) if config.task == "critic" else None
-  objective = make_objective(config)
+  tx, train_step = make_step(config, graph)
   claim(config, workdir, write=True)
 
   def batches(start: int, end: int):
@@ -121,10 +115,6 @@ def _train(config, workdir: Path, mesh, evaluate, progress: bool) -> Run:
 
   # --- state: resume, or start ---
   steps = config.optim.steps
-  tx = optim.optimizer(config.optim)
-  losses_of = {"student": ("itc", "itm", "lm"), "generative": ("lm",)}.get(config.task, ())
-  loss_weights = {name: config.loss[name] for name in losses_of}
-  train_step = step.make_train_step(graph, tx, objective, loss_weights, config.train.microbatches)
   run_key = jax.random.key(config.seed)
   extended = False
   with checkpoint.Checkpointer(workdir, config.train.keep, config.train.save_every) as saver:
@@ -133,7 +123,7 @@ def _train(config, workdir: Path, mesh, evaluate, progress: bool) -> Run:
     if found is not None:
       state, extra = found
       if extra["extended"]:
-        extended, steps, tx, train_step = extend(config, graph, objective, loss_weights)
+        extended, steps, tx, train_step = extend(config, graph)
     frozen = state.pop("frozen")
     start = int(state["step"])
     writer = metrics.MetricWriter(workdir, start, config.train.tensorboard)
@@ -152,7 +142,7 @@ def _train(config, workdir: Path, mesh, evaluate, progress: bool) -> Run:
           writer.write(now, measured)
           bar.set_postfix({name: f"{value:.3f}" for name, value in measured.items()})
           if needs_more(config, measured, now, extended):
-            extended, steps, tx, train_step = extend(config, graph, objective, loss_weights)
+            extended, steps, tx, train_step = extend(config, graph)
             bar.total = steps
             source = batches(now, steps)
         # save
@@ -202,10 +192,8 @@ def needs_more(config, measured: dict, now: int, extended: bool) -> bool:
           and now < config.optim.steps and measured[guard.metric] < guard.below)
 
 
-def extend(config, graph, objective, loss_weights):
+def extend(config, graph):
   """The longer schedule of a run that had not left chance: (True, steps, optimizer, step)."""
-  longer = config.optim.copy_and_resolve_references()
-  longer.steps = round(config.optim.steps * config.guard.factor)
-  tx = optim.optimizer(longer)
-  return True, longer.steps, tx, step.make_train_step(graph, tx, objective, loss_weights,
-                                                      config.train.microbatches)
+  longer = config.copy_and_resolve_references()
+  longer.optim.steps = round(config.optim.steps * config.guard.factor)
+  return True, longer.optim.steps, *make_step(longer, graph)
