@@ -48,7 +48,7 @@ def read_arguments(argv: list[str]) -> argparse.Namespace:
   args, rest = parser.parse_known_args(argv)
   args.overrides = []
   for argument in rest:
-    if not (argument.startswith("--config.") and args.run is training.train):
+    if not (argument.startswith("--config.") and args.run in (training.train, training.plan)):
       args.parser.error(f"unrecognized argument: {argument}")
     args.overrides.append(argument.removeprefix("--config."))
   return args

@@ -1,12 +1,12 @@
-"""`lskd train`."""
+"""`lskd train` and `lskd plan`."""
 from pathlib import Path
 
 from lskd_jax.commands import folders
-from lskd_jax.commands.arguments import add_verb, count, seed
+from lskd_jax.commands.arguments import add_verb, count, number, seed
 
 
 def add_verbs(verbs) -> None:
-  """Declares `train`."""
+  """Declares `train` and `plan`."""
   p = add_verb(verbs, "train", train, "train or resume a student or a critic",
                "lskd train --config configs/scenes_student.py --config.optim.steps=900 "
                "--workdir runs/student")
@@ -19,6 +19,30 @@ def add_verbs(verbs) -> None:
   group.add_argument("--process-id", type=seed, default=0, metavar="I", help="0 to N - 1")
   group.add_argument("--coordinator", metavar="HOST:PORT",
                      help="of process 0; not needed on TPU pods")
+  add_plan(verbs)
+
+
+def add_plan(verbs) -> None:
+  """Declares `plan`."""
+  p = add_verb(verbs, "plan", plan, "what a pod would need for a config, compiled without one",
+               "lskd plan --config configs/blip2.py --topology v5e:4x4 --config.data.batch_size=256")
+  p.add_argument("--config", required=True, type=Path, metavar="FILE",
+                 help="as for train; --config.key=value changes a value")
+  p.add_argument("--topology", required=True, metavar="KIND:SHAPE",
+                 help="v4, v5e, v5p or v6e with a shape: v5e:4x4, v5p:4x4x4, '2x v5e:16x16' for two slices; "
+                      "cpu:8 needs no libtpu, and says less")
+  p.add_argument("--out", type=Path, metavar="FILE", help="the whole plan as JSON")
+  p.add_argument("--low-effort", action="store_true",
+                 help="compile in a third of the time: the same memory, more memory traffic")
+  group = p.add_argument_group("the run to be paid for")
+  group.add_argument("--statements", type=count, default=1_000_000, metavar="N")
+  group.add_argument("--epochs", type=number, default=5, metavar="X")
+  group.add_argument("--price", type=number, metavar="DOLLARS", help="per chip-hour; default: list prices")
+  group.add_argument("--preemptions-per-day", type=number, default=2.0, metavar="X", help="of spot capacity")
+  group.add_argument("--save-seconds", type=number, default=5.0, metavar="S",
+                     help="for how long a save blocks the run")
+  group.add_argument("--recovery-seconds", type=number, default=300.0, metavar="S",
+                     help="from the start of new machines to the first new step")
 
 
 def train(args) -> None:
@@ -34,3 +58,19 @@ def train(args) -> None:
   done = run(config, args.workdir)
   if args.process_id == 0:
     print(f"train: {done.steps} steps; the model is in {done.model}")
+
+
+def plan(args) -> None:
+  """Compiles the step of a config for a topology and reports what it needs."""
+  from data_pipeline.stages import write_json
+  from lskd_jax.config_files import load_config
+  from lskd_jax.plan import report, run, topology
+  named = topology.parse(args.topology)
+  save_every = load_config(args.config, args.overrides).train.save_every
+  facts = run.measured(args.config, args.overrides, named, args.low_effort, str(named))
+  wanted = report.Run(args.statements, args.epochs, args.price, args.preemptions_per_day, args.save_seconds,
+                      args.recovery_seconds)
+  found = report.plan(facts, named, wanted, save_every)
+  if args.out:
+    write_json(args.out, found)
+  print(report.text(found, named))
