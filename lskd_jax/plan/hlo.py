@@ -1,5 +1,4 @@
-"""Reading a compiled program (XLA's HLO text): how often each instruction runs, what collectives move, and
-how much passes through the memory of a chip.
+"""Reading a compiled program (XLA's HLO text): how often each instruction runs, and what collectives move.
 
 The text is the only full account of what a compiler made: its own `cost_analysis` counts the body of a
 loop once, whatever its length. Devices are numbered as in the mesh, first axis slowest.
@@ -14,9 +13,6 @@ import numpy as np
 BYTES = {"pred": 1, "s4": 0.5, "u4": 0.5, "bf16": 2, "c64": 8, "c128": 16, "token": 0, "opaque": 0}
 COLLECTIVES = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "ragged-all-to-all",
                "collective-permute", "collective-broadcast")
-# What these name or contain is counted where it is made, or moves nothing.
-NO_TRAFFIC = {"parameter", "constant", "tuple", "get-tuple-element", "bitcast", "while", "conditional",
-              "call", "after-all", "partition-id", "replica-id", "opt-barrier", "iota", "broadcast"}
 
 
 class Instruction(NamedTuple):
@@ -200,30 +196,41 @@ def collectives(program: Program, slice_of: Sequence[int]) -> list[Collective]:
   reached = runs(program)
   for name, times in reached.times.items():
     for instruction in program.computations.get(name, ()):
-      kind = instruction.opcode.removesuffix("-start")
-      if kind not in COLLECTIVES:
+      collective = _collective(instruction, times, slice_of)
+      if collective is None:
         continue
       channel = re.search(r"channel_id=(\d+)", instruction.attributes)
-      groups = device_groups(instruction.attributes, len(slice_of))
-      crosses = any(len({slice_of[device] for device in group}) > 1 for group in groups)
-      size = 2 if kind == "collective-permute" else max(map(len, groups))
-      collective = Collective(kind, times, _result(instruction), size, crosses)
-      key = int(channel[1]) if channel else (name, instruction.name)
+      key = collective.kind, collective.crosses, channel[1] if channel else (name, instruction.name)
       if key not in found or collective.network > found[key].network:
         found[key] = collective
   return list(found.values())
 
 
-def _result(instruction: Instruction) -> float:
+def _collective(instruction: Instruction, times: int, slice_of: Sequence[int]) -> Collective | None:
+  kind, attributes = instruction.opcode.removesuffix("-start"), instruction.attributes
+  if kind in COLLECTIVES:
+    groups = device_groups(attributes, len(slice_of))
+    crosses = any(len({slice_of[device] for device in group}) > 1 for group in groups)
+    size = 2 if kind == "collective-permute" else max(map(len, groups))
+    return Collective(kind, times, result(instruction), size, crosses)
+  # Between slices, a TPU's compiler sends to and receives from the host, which does the rest over DCN.
+  between = re.search(r'_xla_megascale_transfer_type="(\w+)"', attributes)
+  if kind != "recv" or not between:
+    return None
+  received = sum(size for size, _ in arrays(elements(instruction.type)[0]))
+  return Collective(between[1].lower().replace("_", "-"), times, received, max(slice_of) + 1, True)
+
+
+def result(instruction: Instruction) -> float:
   """Bytes of a collective's result on one device."""
   kind = instruction.type
   if instruction.opcode in ("all-gather-start", "collective-permute-start", "ragged-all-to-all-start",
                             "all-to-all-start", "reduce-scatter-start"):
-    kind = _elements(kind)[1]  # (operand, result, flags)
+    kind = elements(kind)[1]  # (operand, result, flags)
   return sum(size for size, _ in arrays(kind))
 
 
-def _elements(kind: str) -> list[str]:
+def elements(kind: str) -> list[str]:
   """The types in a tuple type."""
   inner, depth, parts = kind[1:-1], 0, [""]
   for letter in inner:
@@ -270,68 +277,3 @@ def _mesh_groups(axes: dict[str, str], together: str) -> list[list[int]]:
       sides.append(length)
   grid = np.arange(math.prod(sides)).reshape(sides).transpose(kept + grouped)
   return grid.reshape(-1, math.prod(sides[axis] for axis in grouped)).tolist()
-
-
-# --- main memory -----------------------------------------------------------------------------------
-
-
-def traffic(program: Program) -> float:
-  """Bytes that one device reads from and writes to its main memory in a step: a coarse upper estimate.
-
-  Operands and results of every instruction that is not inside a fusion and not in fast memory. Of an
-  array that a fusion only slices, or writes a slice of, the slice counts: loops carry whole stacks.
-  """
-  reached, total = runs(program), 0.0
-  for name, times in reached.times.items():
-    if name in reached.fused:
-      continue
-    types = {instruction.name: instruction.type for instruction in program.computations[name]}
-    total += times * sum(_moved(program, types, one) for one in program.computations[name])
-  return total
-
-
-def _moved(program: Program, types: dict[str, str], instruction: Instruction) -> float:
-  opcode = instruction.opcode
-  if opcode in NO_TRAFFIC or opcode.endswith(("-done", "-update")):
-    return 0
-  if opcode == "dynamic-slice":
-    return 2 * main_memory(instruction.type)
-  if opcode == "dynamic-update-slice":
-    return 2 * main_memory(types.get(instruction.operands[1], ""))
-  if opcode in ("copy-start", "slice-start"):  # (to, from, flag)
-    to = main_memory(_elements(instruction.type)[0])
-    return to + (main_memory(types.get(instruction.operands[0], "")) if opcode == "copy-start" else to)
-  if opcode.endswith("-start") and opcode.removesuffix("-start") in COLLECTIVES:
-    return 2 * _result(instruction)
-  read = [main_memory(types.get(operand, "")) for operand in instruction.operands]
-  written = main_memory(instruction.type)
-  called = re.search(r"\bcalls=%?([\w.\-]+)", instruction.attributes)
-  if called:
-    read, written = _through_slices(program, called[1], read, written)
-  return sum(read) + written
-
-
-def _through_slices(program: Program, fusion: str, read: list[float], written: float):
-  """What a fusion reads of each operand and writes, where it takes or replaces slices only."""
-  body = program.computations.get(fusion, [])
-  types = {instruction.name: instruction.type for instruction in body}
-  read = list(read)
-  for parameter in (one for one in body if one.opcode == "parameter"):
-    index, uses = int(parameter.arguments), [one for one in body if parameter.name in one.operands]
-    if index >= len(read) or not uses:
-      continue
-    sliced = [one for one in uses if one.opcode == "dynamic-slice"]
-    updated = [one for one in uses
-               if one.opcode == "dynamic-update-slice" and one.operands[0] == parameter.name]
-    if len(sliced) + len(updated) == len(uses):
-      part = sum(main_memory(one.type) for one in sliced)
-      read[index] = min(read[index], part)
-      for one in updated:
-        whole, slice_ = main_memory(parameter.type), main_memory(types.get(one.operands[1], ""))
-        written = max(slice_, written - whole + slice_)
-  return read, written
-
-
-def main_memory(kind: str) -> float:
-  """Bytes of a type in main memory."""
-  return sum(size for size, inside in arrays(kind) if inside)

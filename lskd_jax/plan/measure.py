@@ -9,11 +9,12 @@ import numpy as np
 
 from data_pipeline.records import DataError
 from lskd_jax import metrics, parallel
-from lskd_jax.plan import hlo
+from lskd_jax.plan import hlo, traffic
 from lskd_jax.plan.abstract import AbstractStep, abstract_step, one_device_mesh
 from lskd_jax.plan.topology import Topology, devices
 
 TOWERS = ("vit", "qformer", "decoder")
+PLACES = 20  # lines of source that a plan names
 LOW_EFFORT = {"exec_time_optimization_effort": -1.0}  # a third of the time; the same memory within 2 %
 
 
@@ -34,6 +35,7 @@ def measure(config, topology: Topology, low_effort: bool = False,
     flops: {model, executed}.
     collectives: [{kind, crosses, group, sites, times, result, network}], sums by the first three.
     traffic: coarse upper estimate of what a device moves through its main memory.
+    places: {line of source: its part of that}, the largest first.
     notes, seconds, low_effort, compiler.
 
   Raises DataError, ValueError: one line.
@@ -64,14 +66,15 @@ def measure(config, topology: Topology, low_effort: bool = False,
   except Exception as error:  # XLA raises JaxRuntimeError of all kinds
     if "RESOURCE_EXHAUSTED" not in str(error):
       raise
-    return facts | {"memory": None, "refused": refusal(str(error)), "collectives": [], "traffic": None,
-                    "seconds": time.monotonic() - start}
+    return facts | {"memory": None, "refused": refusal(str(error)), "collectives": [], "traffic": 0.0,
+                    "places": {}, "seconds": time.monotonic() - start}
   progress("reading the compiled step")
-  program = hlo.parse(compiled.as_text())
+  text = compiled.as_text()
+  program = hlo.parse(text)
   slice_of = np.repeat(np.arange(topology.slices), topology.slice_chips)
   return facts | {
       "memory": memory(compiled), "refused": "",
-      "collectives": summed(hlo.collectives(program, slice_of)), "traffic": hlo.traffic(program),
+      "collectives": summed(hlo.collectives(program, slice_of)), **memory_traffic(program, text),
       "seconds": time.monotonic() - start}
 
 
@@ -136,6 +139,16 @@ def summed(found: list[hlo.Collective]) -> list[dict]:
                result=sum(one.times * one.result for one in ones), network=sum(one.network for one in ones))
           for (kind, crosses, group), ones in groups.items()]
   return sorted(rows, key=lambda row: -row["network"])
+
+
+def memory_traffic(program: hlo.Program, text: str) -> dict:
+  """{traffic, places} of `measure`."""
+  frames, places, found = traffic.traffic(program), traffic.places(text), {}
+  for frame, moved in frames.items():
+    place = places.get(frame) or "elsewhere"
+    found[place] = found.get(place, 0.0) + moved
+  largest = sorted(found.items(), key=lambda item: -item[1])[:PLACES]
+  return {"traffic": sum(frames.values()), "places": dict(largest)}
 
 
 def compiler(topology: Topology) -> str:

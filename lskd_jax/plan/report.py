@@ -126,7 +126,9 @@ def _speed(found: dict, topology: Topology) -> list[str]:
   for name, seconds in speed["floors"].items():
     mark = "   <- bounds the step" * (name == speed["bound"])
     lines += [f"  {name:16} {seconds * 1e3:11.1f}   {notes[name]}{mark}"] * bool(seconds)
-  return [*lines,
+  lines += ["", "most of the memory traffic, by line of source"]
+  lines += [f"  {moved / found['traffic']:6.0%}  {place}" for place, moved in [*found["places"].items()][:6]]
+  return [*lines, "",
           f"bound      {speed['rate']:.0f} statements/s, {speed['rate'] / found['chips']:.0f} a chip, "
           f"if everything overlaps ({speed['overlapped'] * 1e3:.0f} ms a step)",
           f"MFU        at most {speed['mfu']:.0%}; {speed['mfu_serial']:.0%} if nothing overlaps; "
@@ -141,10 +143,10 @@ def _costs(found: dict) -> list[str]:
            f"(prices: {'yours' if run['price'] is not None else PRICES_OF})"]
   for way, one in found["costs"].items():
     if math.isinf(one["hours"]):
-      lines.append(f"  {way:18} never ends: each preemption costs more than it leaves; save more often")
+      lines.append(f"  {way:18} never ends: preemptions take all there is; save more often")
       continue
-    lines.append(f"  {way:18} {one['steps']} steps, {one['hours']:.1f} h, {one['chip_hours']:.0f} chip-hours, "
-                 f"${one['dollars']:,.0f} at ${one['price']:g}; {one['preemptions']:g} preemptions a day, "
+    lines.append(f"  {way:18} {one['steps']} steps, {one['hours']:.1f} h, {one['chip_hours']:.0f} "
+                 f"chip-hours, ${one['dollars']:,.0f} at ${one['price']:g}; {one['preemptions']:g} preemptions a day, "
                  f"{one['lost']:.1%} of the time lost")
   if best:
     lines.append(f"save every {best['steps']} steps ({clock(best['seconds'])}) for {run['preemptions']:g} "

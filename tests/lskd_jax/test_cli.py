@@ -21,7 +21,7 @@ from lskd_jax.trees import read_manifest
 from tests.lskd_jax.tiny_models import OVERRIDES, make_model
 
 ROOT = Path(__file__).resolve().parents[2]
-VERBS = ["demo", "train", "eval", "score", "ask", "import", "export", *(f"corpus {stage}" for stage in (
+VERBS = ["demo", "train", "plan", "eval", "score", "ask", "import", "export", *(f"corpus {stage}" for stage in (
   "verbalize", "teach", "judge", "score", "filter", "build", "report", "publish"))]
 
 
