@@ -146,8 +146,8 @@ def _costs(found: dict) -> list[str]:
       lines.append(f"  {way:18} never ends: preemptions take all there is; save more often")
       continue
     lines.append(f"  {way:18} {one['steps']} steps, {one['hours']:.1f} h, {one['chip_hours']:.0f} "
-                 f"chip-hours, ${one['dollars']:,.0f} at ${one['price']:g}; {one['preemptions']:g} preemptions a day, "
-                 f"{one['lost']:.1%} of the time lost")
+                 f"chip-hours, ${one['dollars']:,.0f} at ${one['price']:g}; {one['preemptions']:g} "
+                 f"preemptions a day, {one['lost']:.1%} of the time lost")
   if best:
     lines.append(f"save every {best['steps']} steps ({clock(best['seconds'])}) for {run['preemptions']:g} "
                  f"preemptions a day and saves of {run['save_seconds']:g} s; the config has "

@@ -21,8 +21,9 @@ from lskd_jax.trees import read_manifest
 from tests.lskd_jax.tiny_models import OVERRIDES, make_model
 
 ROOT = Path(__file__).resolve().parents[2]
-VERBS = ["demo", "train", "plan", "eval", "score", "ask", "import", "export", *(f"corpus {stage}" for stage in (
-  "verbalize", "teach", "judge", "score", "filter", "build", "report", "publish"))]
+STAGES = ("verbalize", "teach", "judge", "score", "filter", "build", "report", "publish")
+VERBS = ["demo", "train", "plan", "eval", "score", "ask", "import", "export",
+         *(f"corpus {stage}" for stage in STAGES)]
 
 
 def lskd(*words):
