@@ -34,6 +34,8 @@ def add_plan(verbs) -> None:
   p.add_argument("--out", type=Path, metavar="FILE", help="the whole plan as JSON")
   p.add_argument("--low-effort", action="store_true",
                  help="compile in a third of the time: the same memory, more memory traffic")
+  p.add_argument("--search", action="store_true",
+                 help="try meshes, rematerialisations and batch sizes; an interrupted search goes on")
   group = p.add_argument_group("the run to be paid for")
   group.add_argument("--statements", type=count, default=1_000_000, metavar="N")
   group.add_argument("--epochs", type=number, default=5, metavar="X")
@@ -64,13 +66,20 @@ def plan(args) -> None:
   """Compiles the step of a config for a topology and reports what it needs."""
   from data_pipeline.stages import write_json
   from lskd_jax.config_files import load_config
-  from lskd_jax.plan import report, run, topology
+  from lskd_jax.plan import report, run, search, topology
   named = topology.parse(args.topology)
-  save_every = load_config(args.config, args.overrides).train.save_every
-  facts = run.measured(args.config, args.overrides, named, args.low_effort, str(named))
-  wanted = report.Run(args.statements, args.epochs, args.price, args.preemptions_per_day, args.save_seconds,
-                      args.recovery_seconds)
-  found = report.plan(facts, named, wanted, save_every)
+  config = load_config(args.config, args.overrides)
+  if args.search:
+    trials = search.search(config, named, lambda overrides, label: run.measured(
+        args.config, [*args.overrides, *overrides], named, True, label))
+    found = {"status": report.COMPILED, "trials": [trial._asdict() for trial in trials]}
+    text = search.text(trials, named)
+  else:
+    facts = run.measured(args.config, args.overrides, named, args.low_effort, str(named))
+    wanted = report.Run(args.statements, args.epochs, args.price, args.preemptions_per_day,
+                        args.save_seconds, args.recovery_seconds)
+    found = report.plan(facts, named, wanted, config.train.save_every)
+    text = report.text(found, named)
   if args.out:
     write_json(args.out, found)
-  print(report.text(found, named))
+  print(text)

@@ -55,7 +55,7 @@ def parse(text: str) -> Topology:
 def environment(topology: Topology) -> Mapping[str, str]:
   """Environment variables for a process that compiles for a topology and runs nothing on it."""
   if topology.kind == "cpu":
-    return {"JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": str(topology.chips), "XLA_FLAGS": ""}
+    return {"JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": str(topology.chips)}
   # v4 and v5p are named by their cores, of which a chip has two.
   number = topology.slice_chips * (2 if topology.kind in ("v4", "v5p") else 1)
   kind = {"v5e": "v5litepod"}.get(topology.kind, topology.kind)
