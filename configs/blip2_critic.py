@@ -18,6 +18,5 @@ def get_config():
   config.task = "critic"
   config.init.parts = ("student",)
   config.data.batch_size = 128
-  config.train.mesh.fsdp = 16
   config.optim.update(warmup_steps=100, steps=1000)
   return config

@@ -20,5 +20,4 @@ def get_config():
   config.model.decoder.update(vocabulary=32128, width=4096, head=64, heads=64, hidden=10240, depth=24,
                               decoder_depth=24)
   config.data.batch_size = 256
-  config.train.mesh.fsdp = 64
   return config

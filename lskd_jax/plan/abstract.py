@@ -8,6 +8,7 @@ from jax.sharding import AbstractMesh, AxisType, NamedSharding
 
 from data_pipeline import tokenizer as tokenizers
 from lskd_jax import parallel, prepare, step
+from lskd_jax.frozen_dtype import narrowed
 from lskd_jax.models import build
 from lskd_jax.models.generative import DECODERS
 from lskd_jax.models.qformer import QFormerConfig
@@ -39,6 +40,7 @@ def abstract_step(config, mesh) -> AbstractStep:
   with jax.sharding.use_abstract_mesh(getattr(mesh, "abstract_mesh", mesh)):
     model = nnx.eval_shape(lambda: make(nnx.Rngs(0)))
     graph, params, frozen = prepare.divided(config, model)
+    frozen = jax.eval_shape(lambda frozen: narrowed(graph, params, frozen, config.train.frozen_dtype), frozen)
     tx, train_step = prepare.make_step(config, graph)
     state = jax.eval_shape(lambda p: step.init_state(p, tx), params)
     key = jax.eval_shape(lambda: jax.random.key(0))

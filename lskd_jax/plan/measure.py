@@ -5,7 +5,6 @@ import re
 import time
 
 import jax
-import numpy as np
 
 from data_pipeline.records import DataError
 from lskd_jax import metrics, parallel
@@ -42,18 +41,16 @@ def measure(config, topology: Topology, low_effort: bool = False,
   """
   start = time.monotonic()
   progress("describing the devices")
-  grid = devices(topology)
-  shape = mesh_shape(config, topology)
-  mesh = parallel.make_mesh(**shape, devices=grid)
-  rows = math.prod(mesh.shape[axis] for axis in parallel.BATCH)
-  if config.data.batch_size % rows:
-    raise DataError(f"data.batch_size={config.data.batch_size} cannot be split over the {rows} groups of "
-                    f"devices of {topology}; use a multiple of {rows}")
+  mesh = parallel.make_mesh(**config.train.mesh, devices=devices(topology))
+  if mesh.size != topology.chips:
+    raise DataError(f"train.mesh uses {mesh.size} of the {topology.chips} devices of {topology}: add "
+                    "--config.train.mesh.slice=-1 --config.train.mesh.fsdp=-1")
+  parallel.rows_by_process(mesh, config.data.batch_size)  # fails now or never
   progress("tracing the step")
   abstract = abstract_step(config, mesh)
   traced = abstract.trace()
   facts = {
-      "task": config.task, "topology": str(topology), "chips": topology.chips, "mesh": shape,
+      "task": config.task, "topology": str(topology), "chips": topology.chips, "mesh": dict(mesh.shape),
       "batch_size": config.data.batch_size, "statements": config.data.batch_size * config.data.statements,
       **sizes(abstract),
       "flops": {"model": model_flops(config), "executed": metrics.step_flops(traced)},
@@ -71,27 +68,11 @@ def measure(config, topology: Topology, low_effort: bool = False,
   progress("reading the compiled step")
   text = compiled.as_text()
   program = hlo.parse(text)
-  slice_of = np.repeat(np.arange(topology.slices), topology.slice_chips)
+  slice_of = [getattr(device, "slice_index", 0) for device in mesh.devices.flat]
   return facts | {
       "memory": memory(compiled), "refused": "",
       "collectives": summed(hlo.collectives(program, slice_of)), **memory_traffic(program, text),
       "seconds": time.monotonic() - start}
-
-
-def mesh_shape(config, topology: Topology) -> dict[str, int]:
-  """The mesh of a config on a topology: as it is where it has as many devices, else with what is left
-  given to fsdp, and slices to slice.
-
-  Raises DataError where that does not divide.
-  """
-  shape = config.train.mesh.to_dict()
-  if math.prod(shape.values()) == topology.chips and shape["slice"] == topology.slices:
-    return shape
-  rest, left = divmod(topology.slice_chips, shape["data"] * shape["tensor"])
-  if left or not rest:
-    raise DataError(f"train.mesh={shape}: {topology.slice_chips} chips of {topology} cannot be divided into "
-                    f"data={shape['data']} x tensor={shape['tensor']}; change these")
-  return shape | {"slice": topology.slices, "fsdp": rest}
 
 
 def sizes(abstract: AbstractStep) -> dict:

@@ -19,9 +19,11 @@ from lskd_jax.config_files import load_config
 from lskd_jax.plan.topology import Topology, environment
 
 # Keys of a config that the compiled step does not depend on.
-IRRELEVANT = {"name", "seed", "eval", "guard", "data.corpus", "data.image_root", "data.split",
-              "data.min_score", "data.judgements", "data.features", "train.save_every", "train.keep",
-              "train.log_every", "train.tensorboard"}
+IRRELEVANT = {"name", "seed", "eval", "guard",
+              *(f"data.{name}" for name in ("corpus", "image_root", "split", "min_score", "judgements", "features")),
+              *(f"train.{name}" for name in (
+                  "save_every", "save_minutes", "keep", "keep_best", "best_metric", "best_mode", "log_every",
+                  "tensorboard", "grace", "hang_after", "compile_limit", "log_examples"))}
 
 
 def measured(config: Path | str, overrides: Sequence[str], topology: Topology, low_effort: bool = False,
@@ -97,7 +99,7 @@ def key(config, topology: Topology, low_effort: bool) -> str:
   about = json.loads(config.to_json_best_effort())
   for name in IRRELEVANT:
     group, _, last = name.rpartition(".")
-    (about[group] if group else about).pop(last)
+    (about[group] if group else about).pop(last, None)
   model = Path(config.init.model or ".") / "config.json"
   parts = [about, str(topology), low_effort, sys.version_info[:2], source_digest(),
            model.read_text() if config.init.model and model.exists() else "",

@@ -12,12 +12,13 @@ import pytest
 from data_pipeline.records import DataError
 from lskd_jax import cli
 from lskd_jax.config_files import load_config
-from lskd_jax.plan import chips, estimate, measure, report, run, topology
+from lskd_jax.plan import chips, estimate, report, run, topology
 from tests.lskd_jax.tiny_models import OVERRIDES
 
 ROOT = Path(__file__).resolve().parents[2]
 CONFIG = str(ROOT / "configs" / "scenes_student.py")
-TINY = [*OVERRIDES, "--config.data.batch_size=8", "--config.model.qformer.depth=2"]
+TINY = [*OVERRIDES, "--config.data.batch_size=8", "--config.model.qformer.depth=2",
+        "--config.train.mesh.fsdp=-1"]
 
 # What `measure` could have found: 8 chips of v5e, and numbers that are easy to divide.
 FACTS = {
@@ -60,14 +61,6 @@ def test_links_of_a_corner_chip_are_doubled_where_the_axis_is_a_ring():
   # The four topologies of a prototype's plan: 2, 4, 6 and 2 links.
   assert [links(text) for text in ("v5e:4x4", "v5e:16x16", "v5p:4x4x4", "v6e:4x4")] == [90, 180, 540, 180]
   assert links("v5p:2x2x1") == 180
-
-
-def test_the_devices_that_a_mesh_leaves_go_to_fsdp_and_slices_to_slice():
-  config = load_config(CONFIG, ["train.mesh.tensor=2"])
-  assert measure.mesh_shape(config, topology.parse("2x v5e:4x4")) == dict(slice=2, data=1, fsdp=8, tensor=2)
-  config.train.mesh.data = 3
-  with pytest.raises(DataError, match="cannot be divided into data=3 x tensor=2"):
-    measure.mesh_shape(config, topology.parse("v5e:4x4"))
 
 
 # --- floors and costs ------------------------------------------------------------------------------
@@ -223,4 +216,4 @@ def test_a_batch_that_the_devices_cannot_share_is_one_line(tmp_path, monkeypatch
   monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
   assert cli.main([*command("cpu:3")[3:]]) == 1
   error = capsys.readouterr().err.splitlines()[-1]
-  assert "data.batch_size=8 cannot be split over the 3 groups" in error
+  assert "data.batch_size=8: the mesh splits batches over 3 groups" in error
