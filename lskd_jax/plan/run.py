@@ -20,7 +20,8 @@ from lskd_jax.plan.topology import Topology, environment
 
 # Keys of a config that the compiled step does not depend on.
 IRRELEVANT = {"name", "seed", "eval", "guard",
-              *(f"data.{name}" for name in ("corpus", "image_root", "split", "min_score", "judgements", "features")),
+              *(f"data.{name}" for name in (
+                  "corpus", "image_root", "split", "min_score", "judgements", "features")),
               *(f"train.{name}" for name in (
                   "save_every", "save_minutes", "keep", "keep_best", "best_metric", "best_mode", "log_every",
                   "tensorboard", "grace", "hang_after", "compile_limit", "log_examples"))}
