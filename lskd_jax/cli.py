@@ -1,7 +1,7 @@
 """The `lskd` command: `lskd VERB --help` tells each verb's arguments, with an example.
 
 Exit code 0 when the work is done, 1 when something in the input has to be mended (one line says
-what), 2 for arguments that cannot be read, 130 when interrupted.
+what), 2 for arguments that cannot be read, 130 when interrupted; `exit_codes.py` has the others.
 """
 import argparse
 import os
@@ -9,7 +9,7 @@ import sys
 
 import lskd_jax
 from lskd_jax import errors
-from lskd_jax.commands import corpus, models, training
+from lskd_jax.commands import corpus, models, planning, training
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -42,11 +42,12 @@ def read_arguments(argv: list[str]) -> argparse.Namespace:
   models.add_demo(verbs)
   corpus.add_verbs(verbs)
   training.add_verbs(verbs)
+  planning.add_verbs(verbs)
   models.add_verbs(verbs)
   args, rest = parser.parse_known_args(argv)
   args.overrides = []
   for argument in rest:
-    if not (argument.startswith("--config.") and args.run in (training.train, training.plan)):
+    if not (argument.startswith("--config.") and args.run in (training.train, planning.plan)):
       args.parser.error(f"unrecognized argument: {argument}")
     args.overrides.append(argument.removeprefix("--config."))
   return args

@@ -7,7 +7,7 @@ import time
 import jax
 
 from data_pipeline.records import DataError
-from lskd_jax import metrics, parallel
+from lskd_jax import metrics, parallel, prepare
 from lskd_jax.plan import hlo, traffic
 from lskd_jax.plan.abstract import AbstractStep, abstract_step, one_device_mesh
 from lskd_jax.plan.topology import Topology, devices
@@ -45,7 +45,7 @@ def measure(config, topology: Topology, low_effort: bool = False,
   if mesh.size != topology.chips:
     raise DataError(f"train.mesh uses {mesh.size} of the {topology.chips} devices of {topology}: add "
                     "--config.train.mesh.slice=-1 --config.train.mesh.fsdp=-1")
-  parallel.rows_by_process(mesh, config.data.batch_size)  # fails now or never
+  prepare.check_division(config, mesh)
   progress("tracing the step")
   abstract = abstract_step(config, mesh)
   traced = abstract.trace()
