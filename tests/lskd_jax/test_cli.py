@@ -21,7 +21,7 @@ from lskd_jax.trees import read_manifest
 from tests.lskd_jax.tiny_models import OVERRIDES, make_model
 
 ROOT = Path(__file__).resolve().parents[2]
-VERBS = ["demo", "train", "watch", "eval", "score", "ask", "import", "export",
+VERBS = ["demo", "train", "watch", "plan", "eval", "score", "ask", "import", "export",
          *(f"corpus {stage}" for stage in (
            "verbalize", "teach", "judge", "score", "filter", "build", "report", "publish"))]
 
