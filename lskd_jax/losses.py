@@ -221,12 +221,12 @@ def itm_rows(student: Student, features, batch: dict, sight: Sight, negatives: N
   rows = {"match": itm_loss(logits[:, :texts], 1, real),
           "other_text": itm_loss(logits[:, texts:], 0, real * negatives.has_text)}
   other_sight = student.see(*(take(rows, negatives.image) for rows in
-                              (features, batch["boxes"], batch["region_valid"])))
+                              (features, batch["boxes"], batch["region_valid"])), once=True)
   rows["other_image"] = itm_loss(student.match(other_sight, tokens, keys[2]), 0,
                                  real * negatives.has_image[:, None])
   if weights["region_swap"] and student.config.uses_region_tokens:
     boxes, possible = swapped_regions(batch["boxes"], batch["region_valid"], keys[5])
-    swapped = student.see(features, boxes, batch["region_valid"])
+    swapped = student.see(features, boxes, batch["region_valid"], once=True)
     mentions = (student.slots(tokens) >= 0).any(-1)
     rows["region_swap"] = itm_loss(student.match(swapped, tokens, keys[6]), 0,
                                    real * mentions * possible[:, None] * weights["region_swap"])

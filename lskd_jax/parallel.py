@@ -49,6 +49,21 @@ def make_mesh(slice: int = 1, data: int = 1, fsdp: int = 1, tensor: int = 1, dev
   return Mesh(grid, AXES, axis_types=(AxisType.Explicit,) * len(AXES))
 
 
+def on_tpu() -> bool:
+  """Whether the mesh in use is one of TPUs, also where a step is only compiled for them."""
+  device = jax.sharding.get_abstract_mesh().abstract_device
+  return device is not None and device.platform == "tpu"
+
+
+def compiler_options() -> dict:
+  """XLA's options for the step on the mesh in use.
+
+  Fusing one matrix product into another makes libtpu 0.0.42 overflow its stack on a student with dropout and
+  regions. It saves little: what such a fusion keeps on the chip is small.
+  """
+  return {"xla_tpu_dot_dot_fusion": False} if on_tpu() else {}
+
+
 def initialize(coordinator: str | None, processes: int, process_id: int) -> None:
   """Joins the processes of one run; call it before anything else touches a device.
 

@@ -14,7 +14,8 @@ from jax.sharding import reshard
 import optax
 
 from lskd_jax.losses import Weighted
-from lskd_jax.parallel import ACT_B
+from lskd_jax.models.layers import gathered
+from lskd_jax.parallel import ACT_B, compiler_options
 
 
 def trainable(frozen: tuple[str, ...]):
@@ -52,7 +53,7 @@ def make_train_step(graphdef, optimizer, objective: Callable, loss_weights: dict
 
   def sums(params, frozen, batch, key, totals):
     """Loss of a microbatch, its losses divided by the WHOLE batch's weights."""
-    model = nnx.merge(graphdef, params, frozen)
+    model = gathered(nnx.merge(graphdef, params, frozen))
     losses, metrics = objective(model, batch, key)
     loss = sum(loss_weights.get(name, 1.0) * value.total / jnp.maximum(totals[name], 1e-9)
                for name, value in losses.items())
@@ -61,7 +62,7 @@ def make_train_step(graphdef, optimizer, objective: Callable, loss_weights: dict
   def gradients(params, frozen, batch, key):
     if microbatches == 1:
       def whole(params):
-        model = nnx.merge(graphdef, params, frozen)
+        model = gathered(nnx.merge(graphdef, params, frozen))
         losses, metrics = objective(model, batch, key)
         loss = sum(loss_weights.get(name, 1.0) * value.mean() for name, value in losses.items())
         return loss, losses | metrics
@@ -83,7 +84,7 @@ def make_train_step(graphdef, optimizer, objective: Callable, loss_weights: dict
       loss += part_loss
     return loss, metrics, grads
 
-  @functools.partial(jax.jit, donate_argnums=0)
+  @functools.partial(jax.jit, donate_argnums=0, compiler_options=compiler_options())
   def train_step(state, frozen, batch, run_key):
     key = jax.random.fold_in(run_key, state["step"])
     loss, metrics, grads = gradients(state["params"], frozen, batch, key)
