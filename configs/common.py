@@ -69,11 +69,20 @@ def get_config() -> ConfigDict:
       clip_norm=1.0, b1=0.9, b2=0.999, eps=1e-8, weight_decay=0.05))
 
   config.train = ConfigDict(dict(
-      mesh=ConfigDict(dict(      # devices along each axis; see lskd_jax/parallel.py
-          slice=1, data=1, fsdp=1, tensor=1)),
+      mesh=ConfigDict(dict(      # devices along each axis (docs/training.md, section 5)
+          slice=-1,              # pods joined by the data centre's network; -1 = as many as there are
+          data=1,                # copies of the parameters; rows of the batch
+          fsdp=-1,               # pieces of each parameter; rows of the batch. -1 = the remaining devices
+          tensor=1)),            # pieces of heads and hidden widths
       microbatches=1,            # gradient accumulation over statements; LM only
       frozen=("vit",),           # parts without gradients and optimizer state
-      save_every=1000, keep=3, log_every=50, tensorboard=True))
+      frozen_dtype="",           # how their kernels are stored: "" = float32, or model.dtype
+      save_every=1000, keep=3, log_every=50, tensorboard=True,
+      save_minutes=0.0,          # also save when the last save is so old; 0 = by steps only
+      grace=25.0,                # seconds between the notice of a preemption and its end; GCE gives 30
+      hang_after=300.0,          # seconds without progress, or 10 median steps, until a run is stuck
+      compile_limit=3600.0,      # the same for a start, a restore, a compile, an evaluation or a save
+      log_examples=False))       # examples.jsonl: which images each step was fed
 
   config.eval = ConfigDict(dict(every=0))  # steps between evaluations; 0 = none
 

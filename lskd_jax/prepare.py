@@ -66,6 +66,18 @@ def decoder_sizes(config, tokenizer, source: dict | None) -> dict:
   return {"vocabulary": tokenizer.get_vocab_size(), "pad": text.pad, "start": start, "end": text.end} | wanted
 
 
+def start_weights(config) -> dict | None:
+  """The parameters of `init.model` as nested dicts of NumPy arrays; None if a run starts from random ones.
+
+  Raises CheckpointError: no model directory, or damaged.
+  """
+  if not config.init.model:
+    return None
+  about, source = checkpoint.load_model(config.init.model)
+  # The whole student is one part of a critic.
+  return {"student": source} if config.task == "critic" and about["kind"] == "student" else source
+
+
 def make_objective(config) -> Callable:
   """(model, batch, key) -> losses and metrics, of the config's task."""
   if config.task == "tagger":
@@ -134,6 +146,16 @@ def claim(config, workdir: Path, write: bool = False) -> None:
   elif write and jax.process_index() == 0:
     workdir.mkdir(parents=True, exist_ok=True)
     write_json(path, wanted)
+
+
+def count_start(workdir: Path) -> int:
+  """How often the run of this work directory was started again; counts this start. 0 on process > 0."""
+  if jax.process_index() > 0:
+    return 0
+  path = workdir / "restarts.json"
+  restarts = json.loads(path.read_text())["restarts"] + 1 if path.exists() else 0
+  write_json(path, {"restarts": restarts})
+  return restarts
 
 
 def first_difference(a, b, path: str = "config") -> str:

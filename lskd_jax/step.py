@@ -15,7 +15,7 @@ import optax
 
 from lskd_jax.losses import Weighted
 from lskd_jax.models.layers import gathered
-from lskd_jax.parallel import ACT_B, compiler_options
+from lskd_jax.parallel import ACT_B, REPLICATED, compiler_options
 
 
 def trainable(frozen: tuple[str, ...]):
@@ -36,6 +36,9 @@ def init_state(params, optimizer: optax.GradientTransformation) -> dict:
 def make_train_step(graphdef, optimizer, objective: Callable, loss_weights: dict,
                     microbatches: int = 1) -> Callable:
   """Builds step(state, frozen, batch, run_key) -> (state, metrics), jitted, state donated.
+
+  Among the metrics, `examples` is what was fed, on every process: image_id int32[B] and, where the
+  batch has it, statement int32[B, S].
 
   Args:
     objective: (model, batch, key) -> ({loss: Weighted}, {metric: Weighted}).
@@ -92,6 +95,8 @@ def make_train_step(graphdef, optimizer, objective: Callable, loss_weights: dict
     params = optax.apply_updates(state["params"], updates)
     means = {name: value.mean() for name, value in metrics.items()}
     means |= {"loss": loss, "grad_norm": optax.global_norm(grads)}
+    means["examples"] = {name: reshard(batch[name], REPLICATED) for name in ("image_id", "statement")
+                         if name in batch}
     return {"step": state["step"] + 1, "params": params, "opt": opt}, means
   return train_step
 

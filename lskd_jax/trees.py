@@ -11,6 +11,8 @@ Everything here is collective: on several hosts, all processes call it with the 
 """
 import concurrent.futures
 import functools
+import hashlib
+import json
 import math
 
 from etils import epath
@@ -132,6 +134,11 @@ def make_manifest(named: dict[str, object]) -> dict[str, dict]:
   numbers = fingerprints(named)
   return {name: {"shape": list(leaf.shape), "dtype": leaf.dtype.name, "fingerprint": numbers[name]}
           for name, leaf in named.items()}
+
+
+def params_digest(tree) -> str:
+  """A hash over all leaves of a tree, whatever the mesh and the number of processes. Collective."""
+  return hashlib.sha256(json.dumps(make_manifest(named_leaves(tree)), sort_keys=True).encode()).hexdigest()
 
 
 def check_structure(manifest: dict[str, dict], target: dict[str, object], where) -> None:

@@ -18,15 +18,19 @@ LONGEST_FILE = 400  # lines: what can be read in one sitting
 ORDER = [
     ["lskd_jax.streams", "lskd_jax.trees", "lskd_jax.checkpoint", "lskd_jax.optim",
      "lskd_jax.metrics"],  # the leaves
-    ["lskd_jax.parallel"],
+    ["lskd_jax.parallel", "lskd_jax.exit_codes"],
     ["lskd_jax.models.layers"],
     ["lskd_jax.models.vit", "lskd_jax.models.qformer", "lskd_jax.models.regions",
      "lskd_jax.models.decoders"],  # the towers
     ["lskd_jax.models"],  # student, critic, generate: what is made of towers
     ["lskd_jax.losses"],
     ["lskd_jax.step"],
+    # How a process ends, and what processes tell each other; without jax.
+    ["lskd_jax.exit_codes", "lskd_jax.errors", "lskd_jax.peers", "lskd_jax.signals",
+     "lskd_jax.preemption", "lskd_jax.watchdog"],
     # What a run needs besides the step: models from directories, cached features, judgements.
-    ["lskd_jax.models.build", "lskd_jax.prepare", "lskd_jax.features", "lskd_jax.judged"],
+    ["lskd_jax.models.build", "lskd_jax.prepare", "lskd_jax.features", "lskd_jax.judged", "lskd_jax.fed",
+     "lskd_jax.frozen_dtype", "lskd_jax.parameter_table"],
     ["lskd_jax.train", "lskd_jax.evaluate", "lskd_jax.convert"],
     ["lskd_jax"],  # everything else: commands and what users call
 ]

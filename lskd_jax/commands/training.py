@@ -1,4 +1,6 @@
 """`lskd train`."""
+import contextlib
+import functools
 from pathlib import Path
 
 from lskd_jax.commands import folders
@@ -15,22 +17,37 @@ def add_verbs(verbs) -> None:
   p.add_argument("--workdir", required=True, type=Path, metavar="DIR",
                  help="checkpoints, metrics and at the end DIR/model; the same again resumes")
   group = p.add_argument_group("several processes, one per host")
-  group.add_argument("--processes", type=count, default=1, metavar="N")
-  group.add_argument("--process-id", type=seed, default=0, metavar="I", help="0 to N - 1")
-  group.add_argument("--coordinator", metavar="HOST:PORT",
-                     help="of process 0; not needed on TPU pods")
+  group.add_argument("--multi-host", action="store_true",
+                     help="find the other processes: on TPU VMs, GKE, Slurm (srun) and Open MPI")
+  group.add_argument("--coordinator", metavar="HOST:PORT", help="of process 0, where nothing finds it")
+  group.add_argument("--process-id", type=seed, metavar="I", help="0 to N - 1, with --coordinator")
+  group.add_argument("--processes", type=count, metavar="N",
+                     help="how many there are; with --multi-host, how many there have to be")
+  group.add_argument("--heartbeat", type=count, default=100, metavar="SECONDS",
+                     help="a process that is silent for so long is taken for dead (default: 100)")
 
 
 def train(args) -> None:
   """Trains or resumes what a config file describes."""
+  from lskd_jax import peers, preemption
+  # First of all: what follows, imports, corpus and compiles, takes minutes.
+  with contextlib.closing(preemption.install()) as stop, peers.leaving_at_once(args.workdir, stop):
+    run_config(args, stop)
+
+
+def run_config(args, stop) -> None:
+  """`train`, with the `Preemption` that may end it."""
   from lskd_jax.config_files import load_config
   config = load_config(args.config, args.overrides)  # before anything slow
   corpus = Path(config.data.corpus)
   if (corpus / "stage.json").exists() and not config.data.image_root:
     config.data.image_root = str(folders.image_root(corpus, needed=False) or "")
+  import jax
+
   from lskd_jax import parallel
   from lskd_jax.train import train as run
-  parallel.initialize(args.coordinator, args.processes, args.process_id)
-  done = run(config, args.workdir)
-  if args.process_id == 0:
+  parallel.initialize(args.coordinator, args.processes, args.process_id, multi_host=args.multi_host,
+                      heartbeat_seconds=args.heartbeat)
+  done = run(config, args.workdir, announce=functools.partial(print, flush=True), stop=stop)
+  if jax.process_index() == 0:
     print(f"train: {done.steps} steps; the model is in {done.model}")

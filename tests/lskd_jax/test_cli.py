@@ -299,7 +299,7 @@ def test_a_question_or_a_caption_is_asked_for(words, capsys):
 def test_training_finds_the_pictures_of_a_stage_folder(road, monkeypatch, tmp_path):
   configs = []
 
-  def train(config, workdir):
+  def train(config, workdir, stop):
     configs.append(config)
     return Run(tmp_path / "model", 1, False)
 

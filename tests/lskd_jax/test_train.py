@@ -159,7 +159,7 @@ def test_a_tagger_learns_words(words):
 
 
 def test_a_run_at_chance_is_extended_once_and_says_so(words):
-  assert json.loads((words / "finished.json").read_text()) == {"steps": 8, "extended": True}
+  assert json.loads((words / "done.json").read_text()).items() >= {"step": 8, "extended": True}.items()
   assert [line["step"] for line in logged(words)] == list(range(1, 9))
   assert [line["step"] for line in logged(words) if "dev_q_a" in line] == [2, 4, 6, 8]
 
@@ -168,7 +168,7 @@ def test_an_extended_run_that_is_killed_keeps_its_length_and_goes_on_bit_for_bit
   workdir = folder / "runs/killed words"
   with pytest.raises(KilledError):
     run(words_config(folder), workdir, killed_at(6))
-  assert not (workdir / "finished.json").exists()
+  assert not (workdir / "done.json").exists()
   assert run(words_config(folder), workdir, at_chance) == Run(workdir / "model", 8, True)
   assert_same_run(workdir, words)
 
@@ -333,7 +333,7 @@ def test_a_critic_learns_judgements_from_the_students_features(folder, student, 
     (dict(train=dict(frozen=()), data=dict(cache_features=True)), "add 'vit' to train.frozen"),
     (dict(data=dict(cache_features=True, region_mode="overlay")), "images=False has no pixels"),
     (dict(task="teacher"), "task 'teacher' is unknown: choose tagger, student, generative, critic"),
-    (dict(train=dict(mesh=dict(fsdp=64))), "mesh 1x1x64x1 needs 64 devices, .* set train.mesh"),
+    (dict(train=dict(mesh=dict(fsdp=64))), "train.mesh.fsdp=64 needs 64 devices, there are 8"),
     (dict(task="tagger", train=dict(microbatches=2)), "train.microbatches=2: a tagger"),
     (dict(task="critic", data=dict(texts=dict(captions=0.1))), "data.texts.captions=0.1: a critic"),
 ])
