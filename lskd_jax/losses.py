@@ -74,6 +74,27 @@ def lm_loss(logits: jax.Array, tokens: jax.Array, weights: jax.Array,
   return Weighted((loss[:, :, :-1] * weights).sum(), weights.sum()), right[:, :, :-1]
 
 
+def words_loss_of(student: Student, states: jax.Array, tokens: jax.Array, weights: jax.Array,
+                  smoothing: float) -> tuple[Weighted, jax.Array]:
+  """`lm_loss` of the words that a student predicts from `write_states`.
+
+  With `qformer.remat="full"` one statement of each image at a time, and nothing of size V is kept: the logits
+  of all statements are the step's largest array (28 images x 4 x 128 tokens x 30523 words: 1.75 GB).
+  """
+  head = student.language_head
+  if student.config.qformer.remat != "full":
+    return lm_loss(head(states, student.qformer.words[...]), tokens, weights, smoothing)
+  words = layers.whole(student.qformer.words[...], student.qformer.dtype)
+
+  @jax.checkpoint
+  def statement(rows):
+    states, tokens, weights = (row[:, None] for row in rows)
+    return lm_loss(head.logits(states, words), tokens, weights, smoothing)
+  rows = (head.transform(states), tokens, weights)
+  loss, right = jax.lax.map(statement, tuple(row.swapaxes(0, 1) for row in rows))
+  return jax.tree.map(lambda part: part.sum(0), loss), right[:, :, 0].swapaxes(0, 1)
+
+
 def answers_right(right: jax.Array, fields: jax.Array, valid: jax.Array) -> Weighted:
   """Next-token accuracy in answers: bool[B, S, T - 1] of `lm_loss`, int8[B, S, T], bool[B, S]."""
   asked = (fields[:, :, 1:] == ANSWER) & valid[..., None]
@@ -256,9 +277,9 @@ def student_loss(student: Student, batch: dict, weights: dict, key,
   states, cache = student.read_image(sight, keys[0])
   losses, metrics = {}, {}
   if weights["lm"]:
-    logits = student.predict_words(sight, cache, tokens, keys[1])
+    written = student.write_states(sight, cache, tokens, keys[1])
     per_word = word_weights(batch["fields"], weights["question"], weights["end"]) * valid[..., None]
-    losses["lm"], right = lm_loss(logits, tokens, per_word, weights["smoothing"])
+    losses["lm"], right = words_loss_of(student, written, tokens, per_word, weights["smoothing"])
     metrics["answer_words_right"] = answers_right(right, batch["fields"], valid)
   if weights["itc"] or weights["itm"]:
     image, text = student.embed_image(states), student.embed_text(tokens, keys[2])

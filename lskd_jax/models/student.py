@@ -83,9 +83,15 @@ class LanguageHead(nnx.Module):
 
   def __call__(self, x: jax.Array, words: jax.Array) -> jax.Array:
     """[B, S, T, D], [V, D] -> float32[B, S, T, V]."""
-    x = self.norm(layers.gelu(self.dense(x)))
-    logits = jnp.einsum("bstd,vd->bstv", x.astype(self.dense.dtype),
-                        words.astype(self.dense.dtype), out_sharding=ACT_B,
+    return self.logits(self.transform(x), words)
+
+  def transform(self, x: jax.Array) -> jax.Array:
+    """All but the last product: [B, S, T, D] -> [B, S, T, D] in the compute dtype."""
+    return self.norm(layers.gelu(self.dense(x))).astype(self.dense.dtype)
+
+  def logits(self, x: jax.Array, words: jax.Array) -> jax.Array:
+    """The last product: [B, S, T, D], [V, D] -> float32[B, S, T, V]."""
+    logits = jnp.einsum("bstd,vd->bstv", x, words.astype(x.dtype), out_sharding=ACT_B,
                         preferred_element_type=jnp.float32)
     return logits + self.bias[...]
 
@@ -165,10 +171,13 @@ class Student(nnx.Module):
 
     The first token, [CLS], is replaced by `config.decoder_start`.
     """
+    return self.language_head(self.write_states(sight, cache, tokens, key), self.qformer.words[...])
+
+  def write_states(self, sight: Sight, cache, tokens: jax.Array, key=None) -> jax.Array:
+    """What `predict_words` predicts words from: [B, S, T, D]."""
     start = jnp.full_like(tokens[:, :, :1], self.config.decoder_start)
     started = jnp.concatenate([start, tokens[:, :, 1:]], -1)
-    states = self.qformer.causal_pass(cache, started, self._mention(sight, tokens), key)
-    return self.language_head(states, self.qformer.words[...])
+    return self.qformer.causal_pass(cache, started, self._mention(sight, tokens), key)
 
   def read(self, sight: Sight, cache, prompt: jax.Array, real: jax.Array) -> Prompted:
     """One prompt for each image, for `generate`.
