@@ -208,7 +208,10 @@ def gathered(model: nnx.Module) -> nnx.Module:
 
 
 def whole(kernel: jax.Array, dtype) -> jax.Array:
-  """A kernel gathered over the rows' axes, for matrix products; its gradient is reduced where it was gathered."""
+  """A kernel gathered over the rows' axes, for matrix products; its gradient is reduced where it was split.
+
+  Only matrix products take such an array (`reduced` in its spec): nothing can be added to it.
+  """
   sharding = jax.typeof(kernel).sharding
   if all(sharding.mesh.shape[axis] == 1 for axis in BATCH):
     return kernel

@@ -51,8 +51,8 @@ class Table(nnx.Variable):
 class Sight(NamedTuple):
   """What the passes need of a batch of images: computed once, shared by all texts.
 
-  memory: cross-attention keys and values, or what to make them of in a single pass; mention: float32[B, R, D] (site T) or None;
-  valid: bool[B, R] regions that exist.
+  memory: cross-attention keys and values, or for a single pass what to make them of; mention:
+  float32[B, R, D] (site T) or None; valid: bool[B, R] regions that exist.
   """
   memory: ImageMemory | ImageTokens
   mention: Any
