@@ -82,6 +82,8 @@ def get_config() -> ConfigDict:
       keep_best=0,               # how many stay besides, by a metric of the evaluation or the step
       best_metric="", best_mode="max",  # its name, and which is better: min | max
       log_every=50, tensorboard=True,
+      max_skipped=10,            # steps in a row whose loss or gradient is not finite, until the run stops
+      max_grad_norm=0.0,         # a step with a larger gradient is skipped, too; 0 = no bound
       grace=25.0,                # seconds between the notice of a preemption and its end; GCE gives 30
       hang_after=300.0,          # seconds without progress, or 10 median steps, until a run is stuck
       compile_limit=3600.0,      # the same for a start, a restore, a compile, an evaluation or a save

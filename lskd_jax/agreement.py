@@ -8,9 +8,10 @@ import itertools
 import json
 
 import jax
-from jax._src import distributed  # the key-value store has no public name
 from jax.experimental import multihost_utils
 import numpy as np
+
+from lskd_jax import peers
 
 PROBLEM_BYTES = 1000  # of each process's problem: a gather needs one length
 
@@ -48,35 +49,25 @@ def first_problem(problem: str | None) -> str | None:
 
 
 class Word:
-  """A value that one process says once, and all can hear without waiting for it.
+  """A value that processes say, and all can hear without waiting for it.
 
-  It goes through the coordination service, so it may be used on any thread, and is heard while
-  devices are busy. All processes make their Words in the same order.
+  It goes through `peers.store()`, so it may be used on any thread, and is heard while devices are busy.
+  All processes make their Words in the same order.
   """
   _numbers = itertools.count()
 
   def __init__(self):
-    self._key = f"lskd_jax/word/{next(self._numbers)}"
-    self._value = None
+    self._store = peers.store()
+    self._folder = f"word/{next(self._numbers)}"
+    self._own = None  # to be heard here even if the store is gone
 
   def say(self, value: dict) -> None:
-    """Says `value`, which JSON can hold. Of several, the first counts."""
-    if jax.process_count() == 1:
-      self._value = self._value or value
-      return
-    try:
-      distributed.global_state.client.key_value_set(self._key, json.dumps(value))
-      self._value = value  # to be heard here even if the service ends
-    except jax.errors.JaxRuntimeError as error:
-      if "ALREADY_EXISTS" not in str(error):
-        raise
+    """Says `value`, which JSON can hold, for this process."""
+    self._own = value
+    self._store.set(f"{self._folder}/{self._store.index}", json.dumps(value))
 
-  def heard(self) -> dict | None:
-    """The value, or None as long as nobody has said one."""
-    if jax.process_count() > 1 and self._value is None:
-      try:
-        self._value = json.loads(distributed.global_state.client.key_value_try_get(self._key))
-      except jax.errors.JaxRuntimeError as error:
-        if "NOT_FOUND" not in str(error):
-          raise
-    return self._value
+  def heard(self) -> list[dict]:
+    """What processes have said so far; [] as long as nobody has."""
+    if self._own is not None:
+      return [self._own]
+    return [json.loads(text) for text in self._store.list(self._folder).values()]

@@ -156,13 +156,14 @@ class Checkpointer:
       return
     step, _, word = self._saving
     said = word.heard()
-    if said is None:
+    if not said:
       return
     self._saving = None
-    if "error" in said:
+    errors = [value["error"] for value in said if "error" in value]
+    if errors:
       self._steps.discard(step)
-      raise self._cannot_save(step, said["error"])
-    self._seconds = said["seconds"]
+      raise self._cannot_save(step, errors[0])
+    self._seconds = said[0]["seconds"]
 
   def wait(self) -> None:
     """Returns when the save under way is committed. Raises CannotSaveError if it failed."""

@@ -1,7 +1,7 @@
 """The `lskd` command: `lskd VERB --help` tells each verb's arguments, with an example.
 
 Exit code 0 when the work is done, 1 when something in the input has to be mended (one line says
-what), 2 for arguments that cannot be read, 130 when interrupted.
+what), 2 for arguments that cannot be read, 130 when interrupted; `exit_codes.py` has the others.
 """
 import argparse
 import os

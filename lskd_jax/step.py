@@ -1,7 +1,8 @@
 """The training state and the one jitted training step.
 
-State is a plain dict pytree: step, params (the trainable parameters), opt. Frozen parameters and
-constants are a second argument: no gradients, no optimizer state, stored once.
+State is a plain dict pytree: step, params (the trainable parameters), opt, skipped (how many steps
+were, in total and in a row). Frozen parameters and constants are a second argument: no gradients, no
+optimizer state, stored once.
 Randomness is a function of (run key, step).
 """
 from collections.abc import Callable
@@ -29,11 +30,13 @@ def split(model: nnx.Module, frozen: tuple[str, ...]):
 
 def init_state(params, optimizer: optax.GradientTransformation) -> dict:
   """The state before the first step; consumes nothing."""
-  return {"step": jnp.zeros((), jnp.int32), "params": params, "opt": optimizer.init(params)}
+  zero = lambda: jnp.zeros((), jnp.int32)
+  return {"step": zero(), "params": params, "opt": optimizer.init(params),
+          "skipped": {"total": zero(), "in_row": zero()}}
 
 
 def make_train_step(graphdef, optimizer, objective: Callable, loss_weights: dict,
-                    microbatches: int = 1) -> Callable:
+                    microbatches: int = 1, max_grad_norm: float | None = 0.0) -> Callable:
   """Builds step(state, frozen, batch, run_key) -> (state, metrics), jitted, state donated.
 
   Among the metrics, `examples` is what was fed, on every process: image_id int32[B] and, where the
@@ -44,6 +47,8 @@ def make_train_step(graphdef, optimizer, objective: Callable, loss_weights: dict
     loss_weights: {loss: weight}; the loss is the weighted sum of the losses' means.
     microbatches: the statements of a batch are divided into this many parts, whose gradients add
       up to exactly the undivided batch's (each loss is a sum over statements and a weight).
+    max_grad_norm: a step whose loss or gradient norm is not finite, or whose norm is above this
+      (0 = no bound), changes nothing but `step` and `skipped`. None makes every update.
 
   Raises ValueError for microbatches with ITC or ITM: their negatives would shrink with the part.
   """
@@ -91,12 +96,22 @@ def make_train_step(graphdef, optimizer, objective: Callable, loss_weights: dict
     key = jax.random.fold_in(run_key, state["step"])
     loss, metrics, grads = gradients(state["params"], frozen, batch, key)
     updates, opt = optimizer.update(grads, state["opt"], state["params"])
-    params = optax.apply_updates(state["params"], updates)
+    updated = {"params": optax.apply_updates(state["params"], updates), "opt": opt}
+    norm, skipped = optax.global_norm(grads), state["skipped"]
+    if max_grad_norm is not None:
+      good = jnp.isfinite(loss) & jnp.isfinite(norm)
+      if max_grad_norm:
+        good &= norm <= max_grad_norm
+      # A choice between values, leaf by leaf: it fuses into the update and needs no memory.
+      updated = jax.tree.map(functools.partial(jnp.where, good), updated,
+                             {name: state[name] for name in updated})
+      skipped = {"total": skipped["total"] + ~good, "in_row": jnp.where(good, 0, skipped["in_row"] + 1)}
     means = {name: value.mean() for name, value in metrics.items()}
-    means |= {"loss": loss, "grad_norm": optax.global_norm(grads)}
+    means |= {"loss": loss, "grad_norm": norm,
+              "skipped_steps": skipped["total"], "skipped_in_row": skipped["in_row"]}
     means["examples"] = {name: reshard(batch[name], REPLICATED) for name in ("image_id", "statement")
                          if name in batch}
-    return {"step": state["step"] + 1, "params": params, "opt": opt}, means
+    return {"step": state["step"] + 1, "skipped": skipped, **updated}, means
   return train_step
 
 

@@ -17,8 +17,9 @@ LONGEST_FILE = 400  # lines: what can be read in one sitting
 # The order of lskd_jax: a module imports modules of its own or an earlier row only.
 ORDER = [
     ["lskd_jax.exit_codes"],  # numbers
-    ["lskd_jax.agreement", "lskd_jax.streams", "lskd_jax.trees", "lskd_jax.committed", "lskd_jax.frozen",
-     "lskd_jax.checkpoint", "lskd_jax.optim", "lskd_jax.metrics"],  # the leaves
+    ["lskd_jax.errors", "lskd_jax.peers", "lskd_jax.agreement", "lskd_jax.streams",
+     "lskd_jax.trees", "lskd_jax.committed", "lskd_jax.frozen", "lskd_jax.checkpoint", "lskd_jax.optim",
+     "lskd_jax.metrics", "lskd_jax.goodput", "lskd_jax.profiles"],  # the leaves
     ["lskd_jax.parallel"],
     ["lskd_jax.models.layers"],
     ["lskd_jax.models.vit", "lskd_jax.models.qformer", "lskd_jax.models.regions",
@@ -26,12 +27,11 @@ ORDER = [
     ["lskd_jax.models"],  # student, critic, generate: what is made of towers
     ["lskd_jax.losses"],
     ["lskd_jax.step"],
-    # How a process ends, and what processes tell each other; without jax.
-    ["lskd_jax.errors", "lskd_jax.peers", "lskd_jax.signals", "lskd_jax.preemption", "lskd_jax.watchdog"],
+    ["lskd_jax.signals", "lskd_jax.preemption", "lskd_jax.watchdog"],  # what looks after a process
     # What a run needs besides the step: models from directories, cached features, judgements.
-    ["lskd_jax.models.build", "lskd_jax.prepare", "lskd_jax.features", "lskd_jax.judged", "lskd_jax.fed",
-     "lskd_jax.frozen_dtype", "lskd_jax.parameter_table"],
-    ["lskd_jax.train", "lskd_jax.evaluate", "lskd_jax.convert"],
+    ["lskd_jax.models.build", "lskd_jax.features", "lskd_jax.judged", "lskd_jax.fed", "lskd_jax.not_finite",
+     "lskd_jax.frozen_dtype", "lskd_jax.parameter_table", "lskd_jax.prepare"],
+    ["lskd_jax.train", "lskd_jax.replay", "lskd_jax.evaluate", "lskd_jax.convert"],
     ["lskd_jax"],  # everything else: commands and what users call
 ]
 LEAVES = ORDER[1]

@@ -187,3 +187,55 @@ def test_randomness_is_a_function_of_the_run_key_and_the_step():
   half, first = run(2)
   assert first + run(2, state=half)[1] == tosses  # a resumed run goes on where it was
   assert run(1, jax.random.key(1))[1] != tosses[:1]
+
+
+# --- steps that are skipped ---
+
+class Fall(nnx.Module):
+  """One parameter; the batch says what its loss and its gradient are."""
+
+  def __init__(self):
+    self.bias = nnx.Param(jnp.ones(()))
+
+
+def fall(**options):
+  """(step, state): gradient descent with momentum, on loss + slope * bias."""
+  graph, params, frozen = step.split(Fall(), ())
+  objective = lambda model, batch, key: (
+      {"fall": Weighted(batch["loss"] + batch["slope"] * model.bias[...], jnp.ones(()))}, {})
+  optimizer = optax.sgd(0.5, momentum=0.5)
+  train = step.make_train_step(graph, optimizer, objective, {}, **options)
+
+  def run(state, loss, slope):
+    return train(state, frozen, {"loss": jnp.float32(loss), "slope": jnp.float32(slope)}, KEY)
+  return run, step.init_state(params, optimizer)
+
+
+NAN, INF = float("nan"), float("inf")
+
+
+@pytest.mark.parametrize("loss,slope,options", [
+    (NAN, 1, {}), (INF, 1, {}), (0, NAN, {}), (0, INF, {}), (0, -11, {"max_grad_norm": 10.0})])
+def test_a_step_that_is_not_finite_or_too_steep_changes_nothing_and_is_counted(loss, slope, options):
+  run, state = fall(**options)
+  state, values = run(state, 0, 2)
+  before = snapshot({name: state[name] for name in ("params", "opt")})
+  for in_row in (1, 2):
+    state, values = run(state, loss, slope)
+    assert float(values["skipped_in_row"]) == float(values["skipped_steps"]) == in_row
+  jax.tree.map(np.testing.assert_array_equal, snapshot({name: state[name] for name in before}), before)
+  assert int(state["step"]) == 3
+  state, values = run(state, 0, 2)
+  assert jax.device_get(state["skipped"]) == {"total": 2, "in_row": 0}
+  assert float(values["skipped_in_row"]) == 0 and float(values["skipped_steps"]) == 2
+  # Two steps of gradient 2 with momentum, as if nothing had been in between: 1 - 0.5 (2 + 3).
+  assert float(state["params"]["bias"][...]) == -1.5
+
+
+def test_without_a_bound_a_steep_step_is_made_and_without_a_guard_any_is():
+  run, state = fall()
+  state, values = run(state, 0, 1e6)
+  assert float(values["skipped_steps"]) == 0 and float(values["grad_norm"]) == 1e6
+  run, state = fall(max_grad_norm=None)
+  state, _ = run(state, 0, NAN)
+  assert np.isnan(float(state["params"]["bias"][...]))

@@ -21,7 +21,8 @@ from lskd_jax.prepare import first_difference, sized
 from lskd_jax.train import Run, needs_more, train
 from lskd_jax.trees import named_leaves, read_manifest
 
-RATES = {"steps_per_second", "images_per_second", "statements_per_second", "data_wait_share", "mfu"}
+RATES = {"steps_per_second", "images_per_second", "statements_per_second", "data_wait_share",
+         "evaluation_share", "save_share", "step_share", "mfu"}
 
 
 class KilledError(Exception):
