@@ -23,7 +23,8 @@ def get_config() -> ConfigDict:
   model.vit = ConfigDict(dict(  # EVA-CLIP ViT-g/14 as in BLIP-2
       image_size=FieldReference(224, field_type=object),  # or (height, width)
       patch=14, width=1408, depth=39, heads=16, hidden=6144, eps=1e-6, activation="gelu",
-      input_norm=False, patch_bias=True, remat="none", scan=True))
+      input_norm=False, patch_bias=True, remat="none", scan=True,
+      attention="auto"))        # fused (one kernel, TPUs only) | plain | auto: fused on TPUs
   model.qformer = ConfigDict(dict(  # BERT-base with 32 queries (BLIP-2)
       width=768, depth=12, heads=12, hidden=3072, queries=32, cross_every=2, max_tokens=512,
       dropout=0.1, remat="none", scan=True))

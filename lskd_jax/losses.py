@@ -77,6 +77,27 @@ def lm_loss(logits: jax.Array, tokens: jax.Array, weights: jax.Array,
   return Weighted((loss[:, :, :-1] * weights).sum(), weights.sum()), right[:, :, :-1]
 
 
+def words_loss_of(student: Student, states: jax.Array, tokens: jax.Array, weights: jax.Array,
+                  smoothing: float) -> tuple[Weighted, jax.Array]:
+  """`lm_loss` of the words that a student predicts from `write_states`.
+
+  With `qformer.remat="full"` one statement of each image at a time, and nothing of size V is kept: the logits
+  of all statements are the step's largest array (28 images x 4 x 128 tokens x 30523 words: 1.75 GB).
+  """
+  head = student.language_head
+  if student.config.qformer.remat != "full":
+    return lm_loss(head(states, student.qformer.words[...]), tokens, weights, smoothing)
+  words = layers.whole(student.qformer.words[...], student.qformer.dtype)
+
+  @jax.checkpoint
+  def statement(rows):
+    states, tokens, weights = (row[:, None] for row in rows)
+    return lm_loss(head.logits(states, words), tokens, weights, smoothing)
+  rows = (head.transform(states), tokens, weights)
+  loss, right = jax.lax.map(statement, tuple(row.swapaxes(0, 1) for row in rows))
+  return jax.tree.map(lambda part: part.sum(0), loss), right[:, :, 0].swapaxes(0, 1)
+
+
 def answers_right(right: jax.Array, fields: jax.Array, valid: jax.Array) -> Weighted:
   """Next-token accuracy in answers: bool[B, S, T - 1] of `lm_loss`, int8[B, S, T], bool[B, S]."""
   asked = (fields[:, :, 1:] == ANSWER) & valid[..., None]
@@ -198,9 +219,9 @@ def _within(student: Student, rows: dict, context, key, weights: dict):
   losses, metrics = {}, {}
   if weights["lm"]:
     valid = rows["statement_valid"]
-    logits = student.predict_words(sight, cache, rows["tokens"], _dropout(student, key, 1))
+    written = student.write_states(sight, cache, rows["tokens"], _dropout(student, key, 1))
     per_word = word_weights(rows["fields"], weights["question"], weights["end"]) * valid[..., None]
-    losses["lm"], right = lm_loss(logits, rows["tokens"], per_word, weights["smoothing"])
+    losses["lm"], right = words_loss_of(student, written, rows["tokens"], per_word, weights["smoothing"])
     metrics["answer_words_right"] = answers_right(right, rows["fields"], valid)
   if weights["itm"]:
     keys = [_dropout(student, key, number) for number in (4, 5, 6)]
@@ -243,11 +264,12 @@ def itm_rows(student: Student, rows: dict, sight: Sight, weights: dict, keys) ->
   logits = student.match(sight, jnp.concatenate([tokens, rows["other_tokens"]], 1), keys[0])
   kinds = {"match": itm_loss(logits[:, :texts], 1, real),
            "other_text": itm_loss(logits[:, texts:], 0, real * rows["has_text"])}
-  other_sight = student.see(*(rows[f"other_{name}"] for name in ("features", "boxes", "region_valid")))
+  other_sight = student.see(*(rows[f"other_{name}"] for name in ("features", "boxes", "region_valid")),
+                            once=True)
   kinds["other_image"] = itm_loss(student.match(other_sight, tokens, keys[1]), 0,
                                   real * rows["has_image"][:, None])
   if "swapped_boxes" in rows:
-    swapped = student.see(rows["features"], rows["swapped_boxes"], rows["region_valid"])
+    swapped = student.see(rows["features"], rows["swapped_boxes"], rows["region_valid"], once=True)
     mentions = (student.slots(tokens) >= 0).any(-1)
     kinds["region_swap"] = itm_loss(student.match(swapped, tokens, keys[2]), 0,
                                     real * mentions * rows["can_swap"][:, None] * weights["region_swap"])

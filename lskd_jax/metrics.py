@@ -312,6 +312,8 @@ def _equation_flops(equation) -> float:
     return parameters["length"] * sum(inner)
   if name == "cond":
     return max(inner)
+  if name == "pallas_call":  # a kernel runs at every point of its grid
+    return sum(inner) * math.prod(side for side in parameters["grid_mapping"].grid if isinstance(side, int))
   if name == "shard_map":  # shapes inside are those of one device
     return parameters["mesh"].size * sum(inner)
   return sum(inner)  # a `while` loop counts once: its length is not in the program

@@ -15,7 +15,8 @@ from jax.sharding import reshard
 import optax
 
 from lskd_jax.losses import Objective, row_by_row
-from lskd_jax.parallel import REPLICATED
+from lskd_jax.models.layers import gathered
+from lskd_jax.parallel import REPLICATED, compiler_options
 from lskd_jax.rows import in_parts, joined
 
 DIVIDED = 7  # the number of a divided batch's keys: those of losses.py are smaller
@@ -58,16 +59,16 @@ def make_train_step(graphdef, optimizer, objective: Objective | Callable, loss_w
     objective = row_by_row(objective)
 
   def gradients(params, frozen, batch, key):
+    model_of = lambda params: gathered(nnx.merge(graphdef, params, frozen))
     if microbatches == 1:
       def whole(params):
-        losses, metrics = objective(nnx.merge(graphdef, params, frozen), batch, key)
+        losses, metrics = objective(model_of(params), batch, key)
         return weighted_sum(losses, loss_weights), losses | metrics
       (loss, metrics), grads = jax.value_and_grad(whole, has_aux=True)(params)
       return loss, metrics, grads
-    model_of = lambda params: nnx.merge(graphdef, params, frozen)
     return divided_gradients(objective, model_of, params, batch, key, loss_weights, microbatches)
 
-  @functools.partial(jax.jit, donate_argnums=0)
+  @functools.partial(jax.jit, donate_argnums=0, compiler_options=compiler_options())
   def train_step(state, frozen, batch, run_key):
     key = jax.random.fold_in(run_key, state["step"])
     loss, metrics, grads = gradients(state["params"], frozen, batch, key)
