@@ -16,7 +16,8 @@ LONGEST_FILE = 400  # lines: what can be read in one sitting
 
 # The order of lskd_jax: a module imports modules of its own or an earlier row only.
 ORDER = [
-    ["lskd_jax.exit_codes", "lskd_jax.errors", "lskd_jax.peers", "lskd_jax.agreement", "lskd_jax.streams",
+    ["lskd_jax.exit_codes"],
+    ["lskd_jax.errors", "lskd_jax.peers", "lskd_jax.agreement", "lskd_jax.streams",
      "lskd_jax.trees", "lskd_jax.committed", "lskd_jax.frozen", "lskd_jax.checkpoint", "lskd_jax.optim",
      "lskd_jax.metrics", "lskd_jax.goodput", "lskd_jax.profiles"],  # the leaves
     ["lskd_jax.parallel"],
@@ -33,8 +34,8 @@ ORDER = [
     ["lskd_jax.train", "lskd_jax.replay", "lskd_jax.evaluate", "lskd_jax.convert"],
     ["lskd_jax"],  # everything else: commands and what users call
 ]
-LEAVES = ORDER[0]
-USE_LEAVES = 6  # rows from here on (step, train, ...) may import leaves; towers and losses may not
+LEAVES = ORDER[1]
+USE_LEAVES = 7  # rows from here on (step, train, ...) may import leaves; towers and losses may not
 
 
 def module_name(path: Path) -> str:
