@@ -19,7 +19,7 @@ from lskd_jax.metrics import read_metrics
 from lskd_jax.models import build
 from lskd_jax.prepare import first_difference, sized
 from lskd_jax.train import Run, needs_more, train
-from lskd_jax.trees import named_leaves
+from lskd_jax.trees import named_leaves, read_manifest
 
 RATES = {"steps_per_second", "images_per_second", "statements_per_second", "data_wait_share",
          "evaluation_share", "save_share", "step_share", "mfu"}
@@ -263,6 +263,22 @@ def test_a_frozen_vit_stays_bit_for_bit_and_the_rest_learns(folder, words, stude
   assert sorted(path.name for path in saved.iterdir()) == ["4"]  # train.keep = 1
   losses = [line["lm"] for line in logged(student[0])]
   assert len(losses) == 4 and losses[-1] < losses[0]
+
+
+def test_a_vit_that_was_frozen_in_bfloat16_leaves_with_all_its_bits(folder, words):
+  """On the device and in `frozen/` are its rounded kernels, in the model directory the original ones."""
+  config = words_config(folder, init=dict(model=str(words / "model"), parts=("vit",)))
+  config.model.dtype = "bfloat16"
+  config.train.update(frozen=("vit",), frozen_dtype="bfloat16")
+  config.optim.steps = 2
+  workdir = folder / "runs/narrow"
+  run(config, workdir)
+  stored = read_manifest(workdir / "frozen")
+  assert {stored[name]["dtype"] for name in stored if name.endswith("kernel")} == {"bfloat16"}
+  initial, trained = parameters(words), parameters(workdir)
+  for name in initial:
+    same = np.array_equal(trained[name], initial[name])
+    assert same == name.startswith("vit/") and trained[name].dtype == np.float32, name
 
 
 def test_the_step_compiles_once(student):
