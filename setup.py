@@ -56,6 +56,7 @@ setup(
         "markupsafe>=3.0",  # escapes what the report shows; comes with jinja2
         "matplotlib>=3.10",
         "tqdm>=4.66",
+        "plotext>=5.3.2,<6",  # curves in a terminal; 6 has another interface
     ],
     extras_require={
         "test": [

@@ -1,4 +1,5 @@
-"""LSKD's generative student: BLIP-2 with OPT-2.7B, imported, on a published corpus, for eight devices.
+"""LSKD's generative student: BLIP-2 with OPT-2.7B, imported, on a published corpus, on
+all devices that are there: eight, or any number that divides the batch.
 
     lskd import --from hf blip2-opt-2.7b --image-size 480 --out models/blip2_opt
     lskd train --config configs/blip2_opt.py --config.init.model=models/blip2_opt \

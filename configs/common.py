@@ -23,7 +23,8 @@ def get_config() -> ConfigDict:
   model.vit = ConfigDict(dict(  # EVA-CLIP ViT-g/14 as in BLIP-2
       image_size=FieldReference(224, field_type=object),  # or (height, width)
       patch=14, width=1408, depth=39, heads=16, hidden=6144, eps=1e-6, activation="gelu",
-      input_norm=False, patch_bias=True, remat="none", scan=True))
+      input_norm=False, patch_bias=True, remat="none", scan=True,
+      attention="auto"))        # fused (one kernel, TPUs only) | plain | auto: fused on TPUs
   model.qformer = ConfigDict(dict(  # BERT-base with 32 queries (BLIP-2)
       width=768, depth=12, heads=12, hidden=3072, queries=32, cross_every=2, max_tokens=512,
       dropout=0.1, remat="none", scan=True))
@@ -62,18 +63,34 @@ def get_config() -> ConfigDict:
                                  # 0 for a generative student that is asked questions
       end=1.0,                   # weight of the token that ends a text, in LM (LAVIS: as any other)
       smoothing=0.1,             # label smoothing of ITC and LM (LAVIS)
-      detach_gathered=False))    # True: ITC's gradient reaches one side of each direction, as in LAVIS
+      detach_gathered=False,     # True: ITC's gradient reaches one side of each direction, as in LAVIS
+      itc_block=0,               # images whose statements ITC compares at a time; 0 = the whole batch at once
+      pool=0))                   # images among which ITM's negatives are drawn; 0 = the whole batch
 
   config.optim = ConfigDict(dict(
       learning_rate=1e-5, warmup_steps=1000, steps=10_000, final_share=0.1,  # LSKD
       clip_norm=1.0, b1=0.9, b2=0.999, eps=1e-8, weight_decay=0.05))
 
   config.train = ConfigDict(dict(
-      mesh=ConfigDict(dict(      # devices along each axis; see lskd_jax/parallel.py
-          slice=1, data=1, fsdp=1, tensor=1)),
-      microbatches=1,            # gradient accumulation over statements; LM only
+      mesh=ConfigDict(dict(      # devices along each axis (docs/training.md, section 5)
+          slice=-1,              # pods joined by the data centre's network; -1 = as many as there are
+          data=1,                # copies of the parameters; rows of the batch
+          fsdp=-1,               # pieces of each parameter; rows of the batch. -1 = the remaining devices
+          tensor=1)),            # pieces of heads and hidden widths
+      microbatches=1,            # parts of a batch's images whose gradients are added up, negatives included
       frozen=("vit",),           # parts without gradients and optimizer state
-      save_every=1000, keep=3, log_every=50, tensorboard=True))
+      frozen_dtype="",           # how their kernels are stored: "" = float32, or model.dtype
+      save_every=1000, keep=3,   # steps between checkpoints, and how many of the newest stay
+      save_minutes=0.0,          # also save when the last save is so old; 0 = by steps only
+      keep_best=0,               # how many stay besides, by a metric of the evaluation or the step
+      best_metric="", best_mode="max",  # its name, and which is better: min | max
+      log_every=50, tensorboard=True,
+      max_skipped=10,            # steps in a row whose loss or gradient is not finite, until the run stops
+      max_grad_norm=0.0,         # a step with a larger gradient is skipped, too; 0 = no bound
+      grace=25.0,                # seconds between the notice of a preemption and its end; GCE gives 30
+      hang_after=300.0,          # seconds without progress, or 10 median steps, until a run is stuck
+      compile_limit=3600.0,      # the same for a start, a restore, a compile, an evaluation or a save
+      log_examples=False))       # examples.jsonl: which images each step was fed
 
   config.eval = ConfigDict(dict(every=0))  # steps between evaluations; 0 = none
 

@@ -23,5 +23,6 @@ def get_config():
   config.data.texts.update(statements=0.7, captions=0.1, descriptions=0.2)
   config.train.frozen = ()              # from random weights; freeze a ViT that is pretrained
   config.optim.update(learning_rate=5e-4, warmup_steps=100, steps=2000, b2=0.98)
+  config.train.mesh.update(data=-1, fsdp=1)  # a small model is whole on each of the devices
   config.train.save_every = 200
   return config

@@ -10,7 +10,7 @@ def get_config() -> ConfigDict:
   """A run on one TPU slice; name, project, zone, accelerator_type, bucket and command must be given."""
   config = ConfigDict()
   config.name = ""              # of the queued resource, its nodes and the folder in the bucket
-  config.command = ""           # `lskd train --config … --workdir MOUNT/…`; every host runs it
+  config.command = ""           # every host runs it: `lskd train --multi-host … --workdir /mnt/lskd/…`
   config.state = "runs/launch"  # folder on this machine: what was done so far, transcripts, fetched logs
   config.environment = ConfigDict()  # variables of that command
   config.bucket = ""            # gs://…: code, logs, exit codes and the work directory

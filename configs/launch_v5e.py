@@ -15,7 +15,7 @@ def get_config():
   config.name = "lskd-v5e"
   config.zone = "us-west4-a"
   config.accelerator_type = "v5litepod-16"
-  config.command = ("lskd train --config configs/blip2.py --config.train.mesh.fsdp=16 "
+  config.command = ("lskd train --multi-host --config configs/blip2.py "
                     "--config.init.model=/mnt/lskd/models/blip2 "
                     "--config.data.corpus=/mnt/lskd/lck/default/1.0.0 --workdir /mnt/lskd/runs/lskd-v5e")
   config.budget_hours = 48.0

@@ -3,13 +3,13 @@
 Row r of step s is element s * batch_size + r of one endless stream, in which every epoch holds each
 image once, in an order of its own. Everything random about an element is drawn from its position in
 that stream, so nothing depends on threads, on where training was resumed, or on how many processes
-share the work: process i of n takes the i-th contiguous n-th of the rows.
+share the work: each says which rows of a batch it wants.
 """
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 import functools
 import sys
 import threading
@@ -75,10 +75,8 @@ class Loader:
     """How many steps show every image once."""
     return len(self.rows) / self.options.batch_size
 
-  def batch(
-    self, step: int, process_index: int = 0, process_count: int = 1
-  ) -> dict[str, np.ndarray]:
-    """This process's rows of the batch of `step` (b = batch_size / process_count of them).
+  def batch(self, step: int, rows: Iterable[int] | None = None) -> dict[str, np.ndarray]:
+    """Rows of the batch of `step`, in the order asked for; None = all `batch_size` of them.
 
     image uint8[b,H,W,3] of image_size, unless images=False
     image_id int32[b]: the row in the corpus
@@ -88,34 +86,39 @@ class Loader:
     fields int8[b,S,T]: 0 special or padding, 1 question, 2 answer, 3 rationale, 4 description
     statement int32[b,S]: which of the record's statements a text is, -1 for other texts
     statement_valid bool[b,S]
+
+    Raises DataError for no rows, or a row that is not of the batch.
     """
-    local, rest = divmod(self.options.batch_size, process_count)
-    if rest:
-      raise DataError(
-        f"batch_size={self.options.batch_size} cannot be shared by {process_count} processes; "
-        f"use a multiple of {process_count}"
-      )
-    start = step * self.options.batch_size + process_index * local
-    examples = [self._example(position) for position in range(start, start + local)]
+    size = self.options.batch_size
+    rows = range(size) if rows is None else [int(row) for row in rows]
+    if not rows or not 0 <= min(rows) <= max(rows) < size:
+      raise DataError(f"rows {list(rows)[:8]}: a batch has the rows 0 to {size - 1}")
+    examples = [self._example(step * size + row) for row in rows]
     return {name: np.stack([example[name] for example in examples]) for name in examples[0]}
 
   def batches(
-    self,
-    start_step: int = 0,
-    steps: int | None = None,
-    process_index: int = 0,
-    process_count: int = 1,
+    self, start_step: int = 0, steps: int | None = None, rows: Iterable[int] | None = None
   ) -> Iterator[dict[str, np.ndarray]]:
     """The batches of steps start_step, start_step + 1, …: `steps` of them, or without end.
 
-    They are made ahead by `options.threads` threads. Every process gets the same number.
+    They are made ahead by `options.threads` threads. `rows` as in `batch`.
     """
     end = sys.maxsize if steps is None else start_step + steps
-    make = functools.partial(self.batch, process_index=process_index, process_count=process_count)
+    make = functools.partial(self.batch, rows=None if rows is None else tuple(rows))
     reading = grain.ReadOptions(
       num_threads=self.options.threads, prefetch_buffer_size=self.options.prefetch
     )
     return iter(grain.MapDataset.range(start_step, end).map(make).to_iter_dataset(reading))
+
+  def example_ids(self, step: int) -> np.ndarray:
+    """int64[batch_size]: the corpus row behind every row of a step, without reading any of them."""
+    start = step * self.options.batch_size
+    return np.array([self._row(start + row) for row in range(self.options.batch_size)], np.int64)
+
+  def _row(self, position: int) -> int:
+    """The corpus row of the element at one position of the stream."""
+    epoch, at = divmod(position, len(self.rows))
+    return int(self._epoch_order(epoch)[at])
 
   def _shuffled(self, epoch: int) -> np.ndarray:
     """The rows in the order of one epoch."""
@@ -129,8 +132,7 @@ class Loader:
   def _example(self, position: int) -> dict[str, np.ndarray]:
     """The element at one position of the stream."""
     options = self.options
-    epoch, at = divmod(position, len(self.rows))
-    row = int(self._epoch_order(epoch)[at])
+    row = self._row(position)
     record = self.corpus.record(row)
     rng = np.random.default_rng([self.seed, 1, position])
 
@@ -182,15 +184,13 @@ def batches(
   seed: int,
   start_step: int = 0,
   steps: int | None = None,
-  process_index: int = 0,
-  process_count: int = 1,
+  rows: Iterable[int] | None = None,
 ) -> Iterator[dict[str, np.ndarray]]:
   """The batches from `start_step` on; `Loader.batch` lists their fields.
 
-  Resuming is starting with another `start_step`; the number of processes may change on the way.
+  Resuming is starting with another `start_step`; who reads which rows may change on the way.
   """
-  loader = Loader(corpus, tokenizer, options, seed)
-  return loader.batches(start_step, steps, process_index, process_count)
+  return Loader(corpus, tokenizer, options, seed).batches(start_step, steps, rows)
 
 
 def batch_at(
@@ -199,8 +199,7 @@ def batch_at(
   options: LoaderOptions,
   seed: int,
   step: int,
-  process_index: int = 0,
-  process_count: int = 1,
+  rows: Iterable[int] | None = None,
 ) -> dict[str, np.ndarray]:
   """The batch of one step, made on its own. For many, keep a `Loader`."""
-  return Loader(corpus, tokenizer, options, seed).batch(step, process_index, process_count)
+  return Loader(corpus, tokenizer, options, seed).batch(step, rows)

@@ -54,6 +54,8 @@ def check(config: ConfigDict, backend: str) -> None:
     raise DataError(f"command: --workdir {workdir} must lie below mount={config.mount!r}, where it outlives "
                     "the machines")
   kind = accelerator(config.accelerator_type)
+  if kind.hosts * config.nodes > 1 and words(config)[0] == "lskd" and "--multi-host" not in words(config):
+    raise DataError(f"command: {kind.hosts * config.nodes} hosts run it, so it needs --multi-host")
   if backend == "kubernetes":
     if not kind.family.gke:
       raise DataError(f"accelerator_type={config.accelerator_type!r} is not offered in Kubernetes")

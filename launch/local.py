@@ -25,5 +25,5 @@ def up(config, workdir: str | None = None) -> int:
 def _words(config, workdir: str | None) -> list[str]:
   words = configs.words(config)
   if words[0] == "lskd":  # of this Python, whether it is installed or not
-    words = [sys.executable, "-m", "lskd_jax.cli", *words[1:]]
+    words = [sys.executable, "-m", "lskd_jax.cli", *(word for word in words[1:] if word != "--multi-host")]
   return words + (["--workdir", workdir] if workdir else [])  # the last one counts

@@ -2,27 +2,29 @@
 
 A run's `workdir` holds
 
-    checkpoints/<step>/   the training state without its frozen part (orbax)
-    frozen/               the frozen part, written once
-    damaged/<step>/       checkpoints that could not be restored, moved aside
+    checkpoints/<step>/     the training state without its frozen part (orbax); COMMITTED.json is
+                            written last, and only a step that has it counts
+    frozen/, frozen.json    the frozen part, once: see `frozen.py`
+    damaged/<step>/         checkpoints that could not be used, moved aside
 
 and a model directory holds `config.json`, `tokenizer/` and `params/` (orbax).
 
 Everything here is collective: on several hosts, all processes call it with the same arguments, on a
 folder that all of them see.
 """
-import hashlib
 import json
 import logging
+import threading
+import time
 
 from etils import epath
 import jax
-from jax.experimental import multihost_utils
-import numpy as np
 import orbax.checkpoint as ocp
 
-from lskd_jax import trees
-from lskd_jax.trees import CheckpointError, one_line
+import lskd_jax
+from lskd_jax import agreement, committed, frozen as frozen_part, trees
+from lskd_jax.agreement import barrier
+from lskd_jax.trees import CannotSaveError, CheckpointError, one_line
 
 log = logging.getLogger(__name__)
 
@@ -32,13 +34,14 @@ log = logging.getLogger(__name__)
 class Checkpointer:
   """Saves and restores the training state of one run under `workdir`.
 
-  The state is a dict of pytrees, such as step, params, opt and frozen. Its `frozen` entry goes to
-  `workdir/frozen` at the first save and is afterwards only compared.
+  The state is a dict of pytrees, such as step, params, opt and frozen. Its `frozen` entry is stored
+  at the first save and is afterwards only compared.
 
       with Checkpointer(workdir, keep=3, save_every=1000) as checkpoints:
         found = checkpoints.restore_latest(jax.eval_shape(init, key))
         state, extra = found or (init(key), {})
         ...
+        checkpoints.poll()
         if checkpoints.due(step):
           checkpoints.save(step, state, {"next_batch": step})
 
@@ -46,65 +49,147 @@ class Checkpointer:
     workdir: the run's folder, made when missing.
     keep: how many of the newest checkpoints stay.
     save_every: what `due` answers by, in steps. `save` itself never skips a step.
+    keep_best: how many of the best stay besides, by the metric of that name given to `save`.
+    best_metric: its name.
+    best_mode: "min" or "max", whichever is better.
+    frozen_source: the model directory that frozen leaves were read from: what is unchanged there is
+      not copied but referred to.
+
+  Attributes:
+    report: what `restore_latest` chose, and what it set aside and why; one line, or "".
   """
 
-  def __init__(self, workdir, keep: int = 3, save_every: int = 1000):
+  def __init__(self, workdir, keep: int = 3, save_every: int = 1000, *, keep_best: int = 0,
+               best_metric: str = "", best_mode: str = "max", frozen_source=None):
     if keep < 1 or save_every < 1:
       raise CheckpointError(f"keep={keep} and save_every={save_every} must both be at least 1")
-    workdir = epath.Path(workdir).absolute()
-    self.directory = workdir / "checkpoints"
-    self.frozen_directory = workdir / "frozen"
-    self.damaged_directory = workdir / "damaged"
+    if keep_best and not best_metric or best_mode not in ("min", "max"):
+      raise CheckpointError(f"keep_best={keep_best} needs the name of a metric and the mode 'min' or "
+                            f"'max': got best_metric={best_metric!r}, best_mode={best_mode!r}")
+    self.workdir = epath.Path(workdir).absolute()
+    self.directory = self.workdir / "checkpoints"
     self.save_every = save_every
-    self._frozen = None  # manifest of frozen/, once this process has written or compared it
-    # Left-overs of a save that was killed are removed in the background; a save waits for that.
-    options = ocp.CheckpointManagerOptions(max_to_keep=keep, cleanup_tmp_directories=True)
-    self._manager = ocp.CheckpointManager(
-        self.directory, options=options, item_handlers=trees.tree_handler())
+    self.report = ""
+    self._kept = keep, keep_best, best_metric, best_mode
+    self._frozen_source = frozen_source
+    self._frozen = None  # digest of the frozen part, once this process has stored or restored it
+    if jax.process_index() == 0:  # the only one that makes folders here, also in a save
+      self.directory.mkdir(parents=True, exist_ok=True)
+      committed.clean(self.directory)
+    self._steps = set(agreement.from_first(lambda: committed.steps(self.directory)))
+    self._writer = ocp.AsyncCheckpointer(trees.tree_handler())
+    self._saving = None  # (step, thread, word) of a save under way
+    self._seconds = None
 
   def due(self, step: int) -> bool:
     """Whether a periodic save falls on `step`, the number of finished steps."""
     return step % self.save_every == 0
 
-  def save(self, step: int, state: dict, extra: dict | None = None) -> None:
+  def save(self, step: int, state: dict, extra: dict | None = None, *,
+           metrics: dict[str, float] | None = None) -> None:
     """Starts saving `state` as checkpoint `step`; returns when its arrays may be overwritten.
 
     Writing goes on in the background, and `wait` returns when it is done. A step that is there
-    already is left alone. `extra` is anything JSON can hold.
+    already is left alone.
+
+    Args:
+      step: the number of finished steps.
+      state: as above.
+      extra: anything JSON can hold; comes back with the state.
+      metrics: what `best_metric` is looked up in.
 
     Raises:
-      CheckpointError: this save or an earlier one in the background failed (a full disk), or
-        `frozen/` belongs to another run.
+      CannotSaveError: this save or an earlier one in the background failed (a full disk).
+      CheckpointError: the stored frozen part belongs to another run.
     """
-    if step in self._manager.all_steps():
+    if step in self._steps:
       return
+    self.wait()
+    started = time.monotonic()
     state = dict(state)
-    frozen = self._store_frozen(state.pop("frozen", {}))
+    frozen = state.pop("frozen", {})
+    if self._frozen is None and jax.tree.leaves(frozen):
+      self._frozen = committed.digest(frozen_part.store(self.workdir, frozen, self._frozen_source))
     named = trees.named_leaves(state)
-    about = {"leaves": trees.make_manifest(named), "frozen": frozen, "extra": extra or {}}
-    json.dumps(about)  # a TypeError here, before anything is written
+    about = {"leaves": trees.make_manifest(named), "frozen": self._frozen, "extra": extra or {}}
+    marker = {
+        "step": step, "manifest": committed.digest(about), "version": lskd_jax.__version__,
+        "mesh": _mesh_shape(named), "processes": jax.process_count(), "extra": about["extra"],
+        "metrics": {name: float(value) for name, value in (metrics or {}).items()}}
+    word = agreement.Word()
     try:
-      self._manager.save(
-          step, args=trees.save_arguments(named), custom_metadata=about, force=True)
+      self._writer.save(self.directory / str(step), args=trees.save_arguments(named),
+                        custom_metadata=about, force=True)
     except (OSError, ValueError) as error:
-      raise self._cannot_save(error) from error
+      word.say({"error": one_line(error)})
+      raise self._cannot_save(step, one_line(error)) from error
+    thread = threading.Thread(target=self._finish, args=(step, marker, word, started), daemon=True,
+                              name=f"commit {step}")
+    self._saving = step, thread, word
+    self._steps.add(step)
+    thread.start()
+
+  def _finish(self, step: int, marker: dict, word: agreement.Word, started: float) -> None:
+    """Commits a step as soon as orbax has written it; in the background, on every process."""
+    try:
+      self._writer.wait_until_finished()  # all processes have written, and the folder has its name
+      if jax.process_index() == 0:
+        committed.commit(self.directory / str(step), marker)
+        word.say({"seconds": time.monotonic() - started})
+    except BaseException as error:  # for the main thread, which asks at the next step
+      word.say({"error": one_line(error)})
+      return
+    if jax.process_index() == 0:
+      try:
+        for old in committed.superfluous(self.directory, *self._kept):
+          committed.delete(self.directory / str(old))
+      except OSError as error:
+        log.warning("an old checkpoint cannot be deleted: %s", error)
+
+  def poll(self) -> None:
+    """To be called each step: raises CannotSaveError if the save under way has failed, on any process.
+
+    Never waits. It asks the coordination service, if there are several processes and a save is under
+    way: a fraction of a millisecond.
+    """
+    if self._saving is None:
+      return
+    step, _, word = self._saving
+    said = word.heard()
+    if not said:
+      return
+    self._saving = None
+    errors = [value["error"] for value in said if "error" in value]
+    if errors:
+      self._steps.discard(step)
+      raise self._cannot_save(step, errors[0])
+    self._seconds = said[0]["seconds"]
 
   def wait(self) -> None:
-    """Returns when every started save is on disk. Raises CheckpointError if one failed."""
-    try:
-      self._manager.wait_until_finished()
-    except (OSError, ValueError) as error:
-      raise self._cannot_save(error) from error
+    """Returns when the save under way is committed. Raises CannotSaveError if it failed."""
+    if self._saving is None:
+      return
+    thread = self._saving[1]
+    while self._saving is not None:
+      thread.join(timeout=0.05)  # not for ever: it may be waiting for a process that failed
+      self.poll()
+    thread.join()
+
+  def seconds_of_last_save(self) -> float | None:
+    """How long the last complete save took, from `save` to its commit; None before there is one."""
+    return self._seconds
 
   def durable_step(self) -> int | None:
-    """The newest step that is completely on disk; a save under way does not count."""
-    return max(self._steps_on_disk(), default=None)
+    """The newest committed step; a save under way does not count."""
+    return max(committed.steps(self.directory), default=None)
 
   def restore_latest(self, target: dict, mesh=None) -> tuple[dict, dict] | None:
     """Restores the newest usable checkpoint; None if there is no checkpoint at all.
 
-    Steps are tried from newest to oldest. A damaged one is reported and passed over, and moved to
-    `damaged/` once an older one has been restored.
+    Steps are tried from newest to oldest, by all processes alike. One that is damaged on any of them,
+    or was never committed, is reported and passed over, and moved to `damaged/` once an older one has
+    been restored. Only where no step at all is committed, one whose every value is right is taken and
+    committed: a run may have been killed just before it could say so.
 
     Args:
       target: the state's structure with shapes, dtypes and shardings: `jax.eval_shape` of the
@@ -117,108 +202,92 @@ class Checkpointer:
 
     Raises:
       CheckpointError: the checkpoint is another model's (the line names the leaves), every
-        checkpoint is damaged, or `frozen/` is damaged or another run's.
+        checkpoint is damaged, or the frozen part is damaged or another run's.
     """
+    self.wait()
     mesh = mesh or trees.default_mesh()
     target = dict(target)
     frozen_target = target.pop("frozen", {})
-    damaged = {}
-    for step in sorted(self._steps_on_disk(), reverse=True):
-      found, problem = self._try_restore(step, target, mesh)
-      if not _all_processes(problem is None):
-        damaged[step] = problem or "damaged on another host"
-        log.warning("checkpoint %d is passed over: %s", step, damaged[step])
+    wanted = trees.named_leaves(target)
+    found, marked = agreement.from_first(
+        lambda: (committed.folders(self.directory), committed.steps(self.directory)))
+    aside = {}
+    for step in reversed(found):
+      folder = self.directory / str(step)
+      about, problem = None, committed.UNMARKED
+      if step in marked or not marked:
+        about, problem = agreement.from_first(
+            lambda: committed.examine(folder, bool(marked)))  # noqa: B023 - called at once
+      if not problem:
+        trees.check_structure(about["leaves"], wanted, folder)  # another model is not damage
+        try:
+          named = trees.read_leaves(folder, about["leaves"], wanted, mesh)
+        except CheckpointError as error:
+          problem = str(error)
+      if problem:
+        aside[step] = problem
+        if jax.process_index() == 0:
+          log.warning("checkpoint %d is set aside: %s", step, problem)
         continue
-      self._move_aside(damaged)
-      state, about = found
+      state = trees.fill(target, named)
       if jax.tree.leaves(frozen_target):
-        state["frozen"] = self._restore_frozen(frozen_target, about["frozen"], mesh)
+        state["frozen"] = frozen_part.restore(self.workdir, frozen_target, about["frozen"], mesh)
+        self._frozen = about["frozen"]
+      self._settle(step, aside, about, step in marked)
       return state, about["extra"]
-    if damaged:
-      newest = next(iter(damaged.values()))
+    if aside:
+      newest = next(iter(aside.values()))
       raise CheckpointError(
           f"no checkpoint in {self.directory} can be restored, of steps "
-          f"{trees.listed(map(str, damaged))} (newest: {newest}); remove that folder to start over")
+          f"{trees.listed(map(str, aside))} (newest: {newest}); remove that folder to start over")
     return None
 
-  def _steps_on_disk(self) -> list[int]:
-    # Not `all_steps()`: the manager counts a save from its start, also if it later fails.
-    return ocp.utils.checkpoint_steps(self.directory)
-
-  def _try_restore(self, step: int, target: dict, mesh):
-    """((state, what `save` wrote about it), None), or (None, problem) for a damaged step."""
-    where = f"checkpoint {step} in {self.directory}"
-    try:
-      about = self._manager.metadata(step).custom_metadata
-      manifest = about["leaves"]
-    except Exception as error:
-      return None, f"its manifest cannot be read ({one_line(error)})"
-    wanted = trees.named_leaves(target)
-    trees.check_structure(manifest, wanted, where)  # another model is not damage: this one raises
-    try:
-      tree = self._manager.restore(step, args=trees.restore_arguments(wanted, mesh))
-      named = trees.named_leaves(tree)
-      trees.check_values(manifest, named, where)
-    except jax.errors.JaxRuntimeError:
-      raise  # a device that is out of memory says nothing about the files
-    except Exception as error:  # for unreadable arrays orbax raises a plain Exception
-      return None, one_line(error)
-    return (trees.fill(target, named), about), None
-
-  def _move_aside(self, damaged: dict[int, str]) -> None:
-    """Moves damaged steps to `damaged/`, so that training can save these steps again."""
-    if not damaged:
-      return
+  def _settle(self, step: int, aside: dict[int, str], about: dict, marked: bool) -> None:
+    """Makes the folder say what was found: damaged steps out of the way, the restored one committed."""
+    def settle() -> str | None:
+      try:
+        for bad in aside:
+          committed.move_aside(self.directory / str(bad), self.workdir / "damaged")
+        if not marked:
+          committed.commit(self.directory / str(step), {
+              "step": step, "manifest": committed.digest(about), "extra": about["extra"], "metrics": {}})
+      except OSError as error:
+        return str(error)
+    if problem := agreement.from_first(settle):
+      raise CheckpointError(f"damaged checkpoints cannot be moved to {self.workdir / 'damaged'}: {problem}")
+    self._steps = (self._steps - set(aside)) | {step}
+    self.report = "; ".join([f"resuming from checkpoint {step}", *(
+        f"set aside checkpoint {bad}: {problem}" for bad, problem in aside.items())])
     if jax.process_index() == 0:
-      self.damaged_directory.mkdir(parents=True, exist_ok=True)
-      for step in damaged:
-        _remove(self.damaged_directory / str(step))
-        (self.directory / str(step)).rename(self.damaged_directory / str(step))
-    barrier("damaged checkpoints are moved")
-    self._manager.reload()
+      log.info(self.report)
 
-  def _store_frozen(self, frozen) -> str | None:
-    """Writes `frozen/` once, or makes sure that it is this run's. Returns its digest."""
-    named = trees.named_leaves(frozen)
-    if not named:
-      return None
-    if self._frozen is None:
-      if self.frozen_directory.exists():
-        manifest = trees.read_manifest(self.frozen_directory)
-        if trees.make_manifest(named) != manifest:
-          raise CheckpointError(
-              f"{self.frozen_directory} is the frozen part of another run: use another workdir")
-      else:
-        manifest = trees.write_tree(self.frozen_directory, frozen)
-      self._frozen = manifest
-    return _digest(self._frozen)
-
-  def _restore_frozen(self, target, digest: str | None, mesh):
-    manifest = trees.read_manifest(self.frozen_directory)
-    if _digest(manifest) != digest:
-      raise CheckpointError(
-          f"{self.frozen_directory} is not the frozen part that the checkpoints were trained with")
-    frozen = trees.read_tree(self.frozen_directory, target, mesh)
-    self._frozen = manifest
-    return frozen
-
-  def _cannot_save(self, error: BaseException) -> CheckpointError:
-    return CheckpointError(f"cannot save to {self.directory}: {one_line(error)}")
+  def _cannot_save(self, step: int, problem: str) -> CannotSaveError:
+    return CannotSaveError(
+        f"cannot save checkpoint {step} to {self.directory}: {problem}; the newest complete one is "
+        f"{self.durable_step()}; with space on that disk, the same command goes on from there")
 
   def close(self) -> None:
-    """Waits for started saves and ends orbax's threads."""
+    """Waits for the save under way and ends orbax's threads."""
     self.wait()
-    self._manager.close()
+    self._writer.close()
 
   def __enter__(self):
     return self
 
-  def __exit__(self, *unused):
-    self.close()
+  def __exit__(self, kind, error, trace):
+    if error is None:
+      self.close()
+    elif jax.process_count() == 1:  # of several, one may be gone that the save would wait for
+      try:
+        self.close()
+      except CannotSaveError as second:
+        log.warning("%s", second)
 
 
-def _digest(manifest: dict) -> str:
-  return hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()
+def _mesh_shape(named: dict[str, object]) -> dict[str, int]:
+  """The mesh that the leaves are on; {} if they are on none."""
+  meshes = (getattr(getattr(leaf, "sharding", None), "mesh", None) for leaf in named.values())
+  return next((dict(mesh.shape) for mesh in meshes if mesh is not None), {})
 
 
 # --- model directories ---------------------------------------------------------------------------
@@ -301,19 +370,6 @@ def load_config(directory) -> dict:
     raise CheckpointError(f"{directory} is not a model directory: it has no config.json") from None
   except ValueError as error:
     raise CheckpointError(f"{path} is not JSON: {one_line(error)}") from None
-
-
-def _all_processes(ok: bool) -> bool:
-  """Whether `ok` holds on all processes, so that they take the same branch."""
-  if jax.process_count() == 1:
-    return ok
-  return bool(np.all(multihost_utils.process_allgather(np.asarray(ok))))
-
-
-def barrier(name: str) -> None:
-  """Returns when all processes have come here; `name` is the same on all of them."""
-  if jax.process_count() > 1:
-    multihost_utils.sync_global_devices(name)
 
 
 def _remove(folder: epath.Path) -> None:

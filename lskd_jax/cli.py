@@ -1,17 +1,15 @@
 """The `lskd` command: `lskd VERB --help` tells each verb's arguments, with an example.
 
 Exit code 0 when the work is done, 1 when something in the input has to be mended (one line says
-what), 2 for arguments that cannot be read, 130 when interrupted.
+what), 2 for arguments that cannot be read, 130 when interrupted; `exit_codes.py` has the others.
 """
 import argparse
-import errno
 import os
 import sys
 
 import lskd_jax
-from lskd_jax.commands import corpus, models, training
-
-OURS = ("data_pipeline", "lskd_jax", "configs")
+from lskd_jax import errors
+from lskd_jax.commands import corpus, models, planning, training
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -19,17 +17,17 @@ def main(argv: list[str] | None = None) -> int:
   args = read_arguments(sys.argv[1:] if argv is None else argv)
   try:
     args.run(args)
-  except KeyboardInterrupt:
-    print("lskd: interrupted; the same command continues where this one stopped", file=sys.stderr)
-    return 130
+  except KeyboardInterrupt as error:
+    errors.report(error)
+    return errors.exit_code(error)
   except BrokenPipeError:  # the reader of a pipe has seen enough: `lskd score … | head -1`
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     return 1
   except (ValueError, OSError) as error:
-    if not is_about_input(error):
+    if not errors.is_about_input(error):
       raise
-    print(f"lskd: error: {in_one_line(error)}", file=sys.stderr)
-    return 1
+    errors.report(error)
+    return errors.exit_code(error)
   return 0
 
 
@@ -44,40 +42,15 @@ def read_arguments(argv: list[str]) -> argparse.Namespace:
   models.add_demo(verbs)
   corpus.add_verbs(verbs)
   training.add_verbs(verbs)
+  planning.add_verbs(verbs)
   models.add_verbs(verbs)
   args, rest = parser.parse_known_args(argv)
   args.argv, args.overrides = argv, []
   for argument in rest:
-    if not (argument.startswith("--config.") and args.run is training.train):
+    if not (argument.startswith("--config.") and args.run in (training.train, planning.plan)):
       args.parser.error(f"unrecognized argument: {argument}")
     args.overrides.append(argument.removeprefix("--config."))
   return args
-
-
-def is_about_input(error: Exception) -> bool:
-  """Whether an error says what a user can mend, rather than where the program is wrong.
-
-  It is if our own code raised it, or the system about a file; a ValueError from inside a library is
-  not, and keeps its traceback.
-  """
-  if isinstance(error, OSError):
-    return error.filename is not None or error.errno in (errno.ENOSPC, errno.EDQUOT)
-  if type(error).__module__.split(".")[0] in OURS:
-    return True
-  trace = error.__traceback__
-  while trace.tb_next is not None:
-    trace = trace.tb_next
-  return trace.tb_frame.f_globals.get("__name__", "").split(".")[0] in OURS
-
-
-def in_one_line(error: Exception) -> str:
-  """The message without line breaks; for the system's errors, the file and what it refused."""
-  if isinstance(error, OSError):
-    where = f"{error.filename}: " if error.filename else ""
-    full = error.errno in (errno.ENOSPC, errno.EDQUOT)
-    advice = "the disk is full; free some space and run again" if full else error.strerror
-    return f"{where}{advice}"
-  return " ".join(str(error).split())
 
 
 if __name__ == "__main__":

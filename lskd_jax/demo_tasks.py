@@ -244,9 +244,10 @@ def evaluate_arm(work: Path, name: str) -> None:
   def evaluate():
     model = build.load(run / "model")
     return score_held_out(work, model.graph, model.state, *held_out(work, "test"), heads=240)
-  finished = json.loads((run / "finished.json").read_text())
+  done = json.loads((run / "done.json").read_text())
   (work / "results").mkdir(exist_ok=True)
-  stages.write_json(work / "results" / f"{name}.json", {"columns": on_mesh(evaluate), **finished})
+  stages.write_json(work / "results" / f"{name}.json", {
+      "columns": on_mesh(evaluate), "steps": done["step"], "extended": done["extended"]})
 
 
 def on_mesh(call: Callable):

@@ -1,14 +1,16 @@
 """What a run reports: values over steps, throughput, and the share of peak FLOP/s in use."""
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 import contextlib
 import functools
 import json
 import math
 from pathlib import Path
+import re
 import time
 
 import jax
 from jax.extend.core import ClosedJaxpr, Jaxpr
+from jax.interpreters import partial_eval
 import numpy as np
 
 # --- values over steps ---------------------------------------------------------------------------
@@ -91,7 +93,7 @@ class MetricWriter:
     if step != self._last["step"]:
       self._start_of_last = self._file.tell()
       self._last = {"step": step}
-    self._last |= {name: _for_json(value) for name, value in values.items()}
+    self._last |= {name: for_json(value) for name, value in values.items()}
     self._write_line()
     if self._board:
       for name, value in values.items():
@@ -135,7 +137,8 @@ def read_metrics(path) -> list[dict]:
   return lines
 
 
-def _for_json(value: float) -> float | str:
+def for_json(value: float) -> float | str:
+  """A number, or its name where JSON has none for it; `float` reads both."""
   if math.isfinite(value):
     return value
   return "NaN" if math.isnan(value) else "Infinity" if value > 0 else "-Infinity"
@@ -145,7 +148,7 @@ def _for_json(value: float) -> float | str:
 
 
 class Throughput:
-  """Rates since the last report. Time inside `paused` (evaluation, saving, compiling) is left out.
+  """Rates since the last report, and what the time went into.
 
       rates = Throughput(step_flops(train_step.trace(...)), peak_flops(device) * device_count)
       with rates.waiting():
@@ -162,16 +165,19 @@ class Throughput:
     flops_per_step: model FLOPs of one step on all devices; None leaves `mfu` out.
     peak: FLOP/s of all devices together; None leaves `mfu` out.
     clock: seconds, for tests.
+    record: called with the name and seconds of every part of the time, as `goodput.Log.add` is.
   """
 
   def __init__(self, flops_per_step: float | None = None, peak: float | None = None,
-               clock=time.perf_counter):
+               clock=time.perf_counter, record: Callable[[str, float], None] | None = None):
     self.flops_per_step, self.peak, self.clock = flops_per_step, peak, clock
+    self._record = record or (lambda part, seconds: None)
     self.restart()
 
   def restart(self) -> None:
     """Forgets what was counted, for instance after the first step, which compiles."""
-    self._start, self._waited, self._paused = self.clock(), 0.0, 0.0
+    self._start = self.clock()
+    self._spent = {"data_wait": 0.0, "evaluation": 0.0, "save": 0.0}
     self._steps = self._images = self._statements = 0
 
   def count(self, images: int, statements: int) -> None:
@@ -180,35 +186,40 @@ class Throughput:
     self._images += images
     self._statements += statements
 
-  @contextlib.contextmanager
-  def waiting(self):
+  def waiting(self) -> contextlib.AbstractContextManager:
     """Time spent here is waiting for data."""
-    start = self.clock()
-    yield
-    self._waited += self.clock() - start
+    return self._timed("data_wait")
+
+  def paused(self, part: str) -> contextlib.AbstractContextManager:
+    """Time spent here is an "evaluation" or a "save", and does not count for the rates."""
+    return self._timed(part)
 
   @contextlib.contextmanager
-  def paused(self):
-    """Time spent here does not count."""
+  def _timed(self, part: str):
     start = self.clock()
     yield
-    self._paused += self.clock() - start
+    seconds = self.clock() - start
+    self._spent[part] += seconds
+    self._record(part, seconds)
 
   def report(self) -> dict[str, float]:
-    """Rates since the last report, and starts anew; {} if no step was counted.
+    """What was measured since the last report, and starts anew; {} if no step was counted.
 
-    steps_per_second, images_per_second, statements_per_second; data_wait_share: share of the time
-    spent waiting for data; mfu, model FLOPs utilisation: model FLOPs / (seconds x peak FLOP/s).
+    steps_per_second, images_per_second, statements_per_second: without evaluation and saving;
+    data_wait_share, evaluation_share, save_share, step_share: of all the time, adding up to 1, the
+    steps being the rest; mfu, model FLOPs utilisation: model FLOPs / (seconds x peak FLOP/s), in the
+    seconds of the rates.
     """
-    seconds = self.clock() - self._start - self._paused
+    total = self.clock() - self._start
+    seconds = total - self._spent["evaluation"] - self._spent["save"]
     if self._steps == 0 or seconds <= 0:
       return {}
     rates = {
         "steps_per_second": self._steps / seconds,
         "images_per_second": self._images / seconds,
         "statements_per_second": self._statements / seconds,
-        "data_wait_share": self._waited / seconds,
-    }
+    } | {f"{part}_share": spent / total for part, spent in self._spent.items()}
+    rates["step_share"] = 1 - sum(self._spent.values()) / total
     if self.flops_per_step and self.peak:
       rates["mfu"] = self.flops_per_step * self._steps / (seconds * self.peak)
     self.restart()
@@ -217,9 +228,9 @@ class Throughput:
 
 # --- FLOPs ---------------------------------------------------------------------------------------
 
-# Dense bfloat16 FLOP/s of one chip, from the "System architecture" pages of the Cloud TPU
-# documentation. Keys are `device_kind`s; v5e and v6e report themselves as "lite".
+# Dense bfloat16 FLOP/s of one chip. Keys are what a `device_kind` starts with.
 PEAK_FLOPS = {
+    # "System architecture" pages of the Cloud TPU documentation; v5e and v6e say that they are "lite".
     "TPU v4": 275e12,
     "TPU v5 lite": 197e12,
     "TPU v5e": 197e12,
@@ -227,18 +238,27 @@ PEAK_FLOPS = {
     "TPU v5p": 459e12,
     "TPU v6 lite": 918e12,
     "TPU v6e": 918e12,
+    # NVIDIA's data sheets of these products; where they give a number with sparsity, half of it.
+    "NVIDIA A100": 312e12,
+    "NVIDIA H100 80GB HBM3": 989e12,  # SXM
+    "NVIDIA H100 PCIe": 756e12,
+    "NVIDIA H200": 989e12,
+    "NVIDIA L4": 121e12,
+    "NVIDIA L40S": 362e12,
 }
 
 
 def peak_flops(device) -> float | None:
   """Peak FLOP/s of one device, or None if it is not known (then report no MFU, not a wrong one).
 
-  TPU: the published dense bfloat16 peak. CPU: what a float32 matrix product reaches here, measured
+  TPU and GPU: the published dense bfloat16 peak. CPU: what a float32 matrix product reaches here, measured
   for a fraction of a second and divided by the number of CPU devices, which share the cores.
   """
   if device.platform == "cpu":
     return _measured_matmul_flops() / jax.local_device_count("cpu")
-  return PEAK_FLOPS.get(device.device_kind)
+  # The longest key that fits as whole words: "NVIDIA A100-SXM4-40GB" is an A100, an L40 is no L4.
+  fits = [kind for kind in PEAK_FLOPS if re.match(re.escape(kind) + r"(?!\w)", device.device_kind)]
+  return PEAK_FLOPS[max(fits, key=len)] if fits else None
 
 
 @functools.cache
@@ -266,6 +286,13 @@ def step_flops(traced) -> float:
     traced: `jax.jit(f).trace(*args)`, or a jaxpr. Arguments may be shapes.
   """
   jaxpr = getattr(traced, "jaxpr", traced)
+  jaxpr = getattr(jaxpr, "jaxpr", jaxpr)
+  # The compiler leaves out what nothing reads, such as all but the weights in a first look at the losses.
+  used, _ = partial_eval.dce_jaxpr(jaxpr, [True] * len(jaxpr.outvars))
+  return _flops(used)
+
+
+def _flops(jaxpr) -> float:
   return sum(_equation_flops(equation) for equation in jaxpr.eqns)
 
 
@@ -280,11 +307,13 @@ def _equation_flops(equation) -> float:
     per_output = kernel.size / kernel.shape[parameters["dimension_numbers"].rhs_spec[0]]
     # Of a dilated input (the gradient of a strided convolution) only every d-th value is not 0.
     return 2.0 * equation.outvars[0].aval.size * per_output / math.prod(parameters["lhs_dilation"])
-  inner = [step_flops(jaxpr) for jaxpr in _inner_jaxprs(parameters.values())]
+  inner = [_flops(jaxpr) for jaxpr in _inner_jaxprs(parameters.values())]
   if name == "scan":
     return parameters["length"] * sum(inner)
   if name == "cond":
     return max(inner)
+  if name == "pallas_call":  # a kernel runs at every point of its grid
+    return sum(inner) * math.prod(side for side in parameters["grid_mapping"].grid if isinstance(side, int))
   if name == "shard_map":  # shapes inside are those of one device
     return parameters["mesh"].size * sum(inner)
   return sum(inner)  # a `while` loop counts once: its length is not in the program

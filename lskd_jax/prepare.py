@@ -1,21 +1,142 @@
 """From a config to the parts of a run: sizes, tokenizer, loader, objective; and who owns a work directory."""
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 import json
+import math
 from pathlib import Path
+from typing import NamedTuple
 
+from flax import nnx
 import jax
+import optax
 
 from data_pipeline import tokenizer as tokenizers
-from data_pipeline.corpus import Corpus
+from data_pipeline.corpus import Corpus, open_corpus
 from data_pipeline.examples import LoaderOptions
+from data_pipeline.judge import read_judgements
+from data_pipeline.loader import Loader
 from data_pipeline.records import DataError
 from data_pipeline.stages import write_json
 from data_pipeline.texts import text_encoder
-from lskd_jax import checkpoint, losses
+from lskd_jax import checkpoint, features, losses, optim, parallel, rows, step
+from lskd_jax.frozen_dtype import narrowed
+from lskd_jax.judged import judged_corpus, judgement_columns
 from lskd_jax.models import build
 from lskd_jax.models.generative import GenerativeConfig
 from lskd_jax.models.student import StudentConfig
 from lskd_jax.models.vit import VitConfig
+
+
+class Parts(NamedTuple):
+  """What a run is made of, before its state.
+
+  graph, params, frozen: of `step.split`, at the start. batches: (start, end) -> the batches of steps
+  start + 1 to end, this process's rows. tx: the optimizer. train_step: of `step.make_train_step`.
+  """
+  model_config: StudentConfig | GenerativeConfig
+  graph: nnx.GraphDef
+  params: nnx.State
+  frozen: nnx.State
+  tokenizer_dir: Path
+  batches: Callable[[int, int], Iterator[dict]]
+  tx: optax.GradientTransformation
+  train_step: Callable
+  run_key: jax.Array
+
+
+def prepare(config, workdir: Path, mesh, progress: bool = True,
+            at: Callable[[str, int], None] = lambda phase, step: None) -> Parts:
+  """Makes the parts of a run on the mesh in use.
+
+  Args:
+    at: told when the features of the corpus are made, which takes long, and when that is over.
+
+  Raises:
+    DataError, ValueError, CheckpointError: one line that names the file or key.
+  """
+  # --- data ---
+  corpus = open_corpus(config.data.corpus, config.data.image_root or None,
+                       config.data.min_score, config.data.split or None)
+  if config.task == "critic":
+    unjudged = [kind for kind in ("captions", "descriptions") if config.data.texts[kind]]
+    if unjudged:
+      raise DataError(f"data.texts.{unjudged[0]}={config.data.texts[unjudged[0]]}: a critic learns from "
+                      "judged statements only; set it to 0")
+    judgements = read_judgements(config.data.judgements)
+    corpus = judged_corpus(corpus, judgements)
+  tokenizer_dir = find_tokenizer(config, workdir, corpus)
+  tokenizer = tokenizers.load_tokenizer(tokenizer_dir)
+
+  # --- model ---
+  model_config = sized(config, tokenizer)
+  graph, state = build.initialize(build.maker(config.task, model_config, tokenizer), config.seed)
+  if config.init.model:
+    state = build.copy_parts(state, start_weights(config), tuple(config.init.parts))
+  graph, params, frozen = divided(config, nnx.merge(graph, state))
+
+  # --- batches ---
+  cached = None
+  if config.data.cache_features:
+    if "vit" not in config.train.frozen:
+      raise ValueError("data.cache_features=True needs a ViT that does not change: add 'vit' to "
+                       "train.frozen")
+    if jax.process_count() > 1:
+      raise ValueError("data.cache_features=True works in a single process: set it to False")
+    vit = nnx.merge(graph, params, frozen)
+    vit = vit.student.vit if config.task == "critic" else vit.vit
+    at("features", 0)
+    cached = features.cached_features(vit, corpus, config.data.features or workdir / "features",
+                                      progress=progress)
+    at("start", 0)
+  frozen = narrowed(graph, params, frozen, config.train.frozen_dtype)
+  loader = Loader(corpus, tokenizer, loader_options(config), config.seed)
+  columns = judgement_columns(corpus, judgements) if config.task == "critic" else None
+  own_rows = parallel.own_rows(mesh, config.data.batch_size)
+
+  def batches(start: int, end: int) -> Iterator[dict]:
+    for batch in loader.batches(start, end - start, own_rows):
+      if cached is not None:
+        batch["features"] = cached[batch["image_id"]]
+      if columns is not None:
+        batch |= columns(batch)
+      yield batch
+
+  return Parts(model_config, graph, params, frozen, tokenizer_dir, batches, *make_step(config, graph),
+               jax.random.key(config.seed))
+
+
+def extended(config, parts: Parts) -> tuple:
+  """The config and the parts of a run that goes on for longer, because it had not left chance."""
+  longer = config.copy_and_resolve_references()
+  longer.optim.steps = round(config.optim.steps * config.guard.factor)
+  tx, train_step = make_step(longer, parts.graph)
+  return longer, parts._replace(tx=tx, train_step=train_step)
+
+
+def divided(config, model: nnx.Module):
+  """A model -> graph definition, trainable state, frozen state, by `train.frozen`.
+
+  Raises DataError for a part that the model lacks.
+  """
+  graph, params, frozen = step.split(model, tuple(config.train.frozen))
+  names = {name for path, _ in nnx.to_flat_state(frozen) for name in path}
+  for part in config.train.frozen:
+    if part not in names:
+      raise DataError(f"train.frozen: the model has no part {part!r}; its parts are "
+                      f"{', '.join(sorted(params.keys()))}")
+  return graph, params, frozen
+
+
+def make_step(config, graph):
+  """The optimizer of a config, and its jitted training step: see `step.make_train_step`."""
+  tx = optim.optimizer(config.optim)
+  return tx, step.make_train_step(graph, tx, make_objective(config), loss_weights(config),
+                                  config.train.microbatches, config.train.max_grad_norm)
+
+
+def loss_weights(config) -> dict[str, float]:
+  """{loss: its weight in the sum}; a loss without one counts once."""
+  names = {"student": ("itc", "itm", "lm"), "generative": ("lm",)}.get(config.task, ())
+  return {name: config.loss[name] for name in names}
 
 
 def sized(config, tokenizer) -> StudentConfig | GenerativeConfig:
@@ -66,12 +187,21 @@ def decoder_sizes(config, tokenizer, source: dict | None) -> dict:
   return {"vocabulary": tokenizer.get_vocab_size(), "pad": text.pad, "start": start, "end": text.end} | wanted
 
 
+def start_weights(config) -> dict | None:
+  """The parameters of `init.model` as nested dicts of NumPy arrays; None if a run starts from random ones.
+
+  Raises CheckpointError: no model directory, or damaged.
+  """
+  if not config.init.model:
+    return None
+  about, source = checkpoint.load_model(config.init.model)
+  # The whole student is one part of a critic.
+  return {"student": source} if config.task == "critic" and about["kind"] == "student" else source
+
+
 def make_objective(config) -> Callable:
   """(model, batch, key) -> losses and metrics, of the config's task."""
   if config.task == "tagger":
-    if config.train.microbatches > 1:
-      raise DataError(f"train.microbatches={config.train.microbatches}: a tagger learns the words of "
-                      "all texts of a picture together; set it to 1")
     return lambda model, batch, key: losses.words_loss(model, batch, len(tokenizers.SPECIAL_TOKENS))
   if config.task == "critic":
     return losses.critic_loss
@@ -81,7 +211,17 @@ def make_objective(config) -> Callable:
       raise DataError(f"loss.question={weights['question']}: T5 reads questions and writes none; set it "
                       "to 0")
     return lambda model, batch, key: losses.generative_loss(model, batch, weights, key)
-  return lambda model, batch, key: losses.student_loss(model, batch, weights, key)
+  return losses.student_objective(weights)
+
+
+def check_division(config, mesh) -> None:
+  """Raises ValueError where the batch cannot be divided as the config asks on this mesh."""
+  parallel.own_rows(mesh, config.data.batch_size)
+  images, groups = config.data.batch_size, math.prod(mesh.shape[axis] for axis in parallel.BATCH)
+  parts, block = config.train.microbatches, config.loss.itc_block
+  rows.check_parts(images, groups, parts, f"train.microbatches={parts}")
+  rows.check_parts(images, groups, rows.block_count(images, block), f"loss.itc_block={block}")
+  rows.check_pool(images, config.loss.pool)
 
 
 def loader_options(config) -> LoaderOptions:
@@ -134,6 +274,16 @@ def claim(config, workdir: Path, write: bool = False) -> None:
   elif write and jax.process_index() == 0:
     workdir.mkdir(parents=True, exist_ok=True)
     write_json(path, wanted)
+
+
+def count_start(workdir: Path) -> int:
+  """How often the run of this work directory was started again; counts this start. 0 on process > 0."""
+  if jax.process_index() > 0:
+    return 0
+  path = workdir / "restarts.json"
+  restarts = json.loads(path.read_text())["restarts"] + 1 if path.exists() else 0
+  write_json(path, {"restarts": restarts})
+  return restarts
 
 
 def first_difference(a, b, path: str = "config") -> str:

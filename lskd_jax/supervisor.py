@@ -52,6 +52,7 @@ class Decision(NamedTuple):
 
 
 DEFAULT = Budgets()
+CONSEQUENCES = (exit_codes.PEER_LOST, 134)  # JAX aborts the processes that lose their coordinator
 
 
 def decide(codes: Iterable[int], before: int | None, after: int | None, tally: Tally,
@@ -60,11 +61,13 @@ def decide(codes: Iterable[int], before: int | None, after: int | None, tally: T
 
   Args:
     codes: exit codes in the order in which the processes ended; negative ones are signals. The first
-      that is not 0 speaks for the run: the others tend to be its consequences.
+      that is not 0 speaks for the run, since the others tend to be its consequences; codes that are
+      consequences by their meaning speak only where there are no others.
     before, after: durable steps when the processes were started and now; None if there is none.
     tally: of the restarts so far.
   """
-  code = next((shell_code(code) for code in codes if code), exit_codes.DONE)
+  ends = [shell_code(code) for code in codes if code]
+  code = next((code for code in ends if code not in CONSEQUENCES), ends[0] if ends else exit_codes.DONE)
   if code == exit_codes.DONE:
     return Decision(False, code, tally, 0.0, "done")
   if not exit_codes.restarts(code):

@@ -4,28 +4,45 @@ The loop's order is a contract: evaluate, save, and only then draw the next batc
 checkpoint never knows a batch that its parameters have not seen, and a run that is killed anywhere
 continues bit for bit.
 
-The work directory: config.json, tokenizer/, checkpoints/, frozen/, damaged/ (checkpoints set aside),
-features/, metrics.jsonl, tensorboard/, and at the end model/ and finished.json.
+The work directory: config.json, tokenizer/, checkpoints/, frozen/ and frozen.json, features/,
+parameters.txt, metrics.jsonl, goodput.jsonl, examples.jsonl, tensorboard/, restarts.json; when there is a
+reason damaged/ (checkpoints set aside), profiles/, not_finite/, crash-<process>.json and
+stacks-<process>.txt; and at the end model/ and done.json.
 """
 from collections.abc import Callable
+import contextlib
 import json
+import logging
 from pathlib import Path
+import sys
+import time
 from typing import NamedTuple
 
 from flax import nnx
 import jax
 from tqdm import tqdm
 
-from data_pipeline import tokenizer as tokenizers
-from data_pipeline.corpus import open_corpus
-from data_pipeline.judge import read_judgements
-from data_pipeline.loader import Loader
-from data_pipeline.records import DataError
 from data_pipeline.stages import write_json
-from lskd_jax import checkpoint, features, metrics, optim, parallel, step
-from lskd_jax.judged import judged_corpus, judgement_columns
+from lskd_jax import (
+  checkpoint,
+  goodput,
+  metrics,
+  not_finite,
+  parallel,
+  parameter_table,
+  peers,
+  preemption,
+  profiles,
+  step,
+  trees,
+)
+from lskd_jax.fed import Fed
+from lskd_jax.frozen_dtype import widened
 from lskd_jax.models import build
-from lskd_jax.prepare import claim, find_tokenizer, loader_options, make_objective, sized
+from lskd_jax.prepare import Parts, check_division, claim, count_start, extended, prepare, start_weights
+from lskd_jax.watchdog import Watchdog
+
+log = logging.getLogger(__name__)
 
 
 class Run(NamedTuple):
@@ -35,159 +52,183 @@ class Run(NamedTuple):
   extended: bool
 
 
-def train(config, workdir, *, evaluate: Callable | None = None, progress: bool = True) -> Run:
+class Watchers(NamedTuple):
+  """What looks after a run beside its loop."""
+  stop: preemption.Preemption
+  dog: Watchdog
+  spent: goodput.Log
+
+
+def train(config, workdir, *, evaluate: Callable | None = None, progress: bool = True,
+          announce: Callable[[str], None] | None = None, stop: preemption.Preemption | None = None,
+          began: float | None = None) -> Run:
   """Trains or resumes; a finished run returns at once.
+
+  In a run of several processes an error in one of them ends it at once, with its exit code.
 
   Args:
     config: as `configs/common.py` makes it.
     workdir: made when missing; belongs to this config alone.
     evaluate: (graph, state, step) -> {metric: value}, every `config.eval.every` steps; its metric
       `config.guard.metric` decides about extending the run.
+    announce: given what the run starts on, as text: processes, mesh, parameters. None = not wanted.
+    stop: `preemption.install()`, made as early as possible; None leaves SIGTERM to the caller.
+    began: when the process started, in seconds since 1970, for the goodput log; None = now.
 
   Raises:
+    Preempted: the run was told to stop, and has saved.
     DataError, ValueError, CheckpointError: one line that names the file, key or step.
+    NotFiniteError: too many steps in a row were skipped.
   """
   workdir = Path(workdir)
   claim(config, workdir)
-  model_dir = workdir / "model"
-  finished = workdir / "finished.json"
+  finished = workdir / "done.json"
   if finished.exists():
     done = json.loads(finished.read_text())
-    return Run(model_dir, done["steps"], done["extended"])
-  mesh = parallel.make_mesh(**config.train.mesh)
-  with jax.set_mesh(mesh):
-    run = _train(config, workdir, mesh, evaluate, progress)
-  if jax.process_index() == 0:
-    write_json(finished, {"steps": run.steps, "extended": run.extended})
-  return run
+    return Run(workdir / "model", done["step"], done["extended"])
+  watchers = Watchers(stop or preemption.Preemption(),
+                      Watchdog(workdir, config.train.hang_after, config.train.compile_limit),
+                      goodput.Log(workdir, began))
+  watchers.stop.connect(workdir, config.train.grace)
+  with (peers.leaving_at_once(workdir, watchers.stop), watchers.dog, contextlib.closing(watchers.stop),
+        contextlib.closing(watchers.spent)):
+    watchers.stop.keep_handler()
+    mesh = parallel.make_mesh(**config.train.mesh)
+    check_division(config, mesh)
+    if announce:
+      about = parallel.overview(mesh, config.data.batch_size)
+      if jax.process_index() == 0:
+        announce("\n".join(f"{name:18}{value}" for name, value in about.items()))
+    with jax.set_mesh(mesh):
+      watchers.spent.phase(goodput.PREPARATION)
+      parts = prepare(config, workdir, mesh, progress, watchers.dog.at)
+      claim(config, workdir, write=True)
+      done = _train(config, workdir, mesh, parts, watchers, evaluate, progress, announce)
+    if jax.process_index() == 0:
+      write_json(finished, done)
+  return Run(workdir / "model", done["step"], done["extended"])
 
 
-def _train(config, workdir: Path, mesh, evaluate, progress: bool) -> Run:
-  # --- data ---
-  corpus = open_corpus(config.data.corpus, config.data.image_root or None,
-                       config.data.min_score, config.data.split or None)
-  if config.task == "critic":
-    unjudged = [kind for kind in ("captions", "descriptions") if config.data.texts[kind]]
-    if unjudged:
-      raise DataError(f"data.texts.{unjudged[0]}={config.data.texts[unjudged[0]]}: a critic learns from "
-                      "judged statements only; set it to 0")
-    judgements = read_judgements(config.data.judgements)
-    corpus = judged_corpus(corpus, judgements)
-  tokenizer_dir = find_tokenizer(config, workdir, corpus)
-  tokenizer = tokenizers.load_tokenizer(tokenizer_dir)
-
-  # --- model ---
-  model_config = sized(config, tokenizer)
-  make = build.maker(config.task, model_config, tokenizer)
-  graph, state = build.initialize(make, config.seed)
-  if config.init.model:
-    about, source = checkpoint.load_model(config.init.model)
-    if config.task == "critic" and about["kind"] == "student":
-      source = {"student": source}  # the whole student is one part of a critic
-    state = build.copy_parts(state, source, tuple(config.init.parts))
-  frozen_parts = tuple(config.train.frozen)
-  graph, params, frozen = step.split(nnx.merge(graph, state), frozen_parts)
-  names = {name for path, _ in nnx.to_flat_state(frozen) for name in path}
-  unknown = [part for part in frozen_parts if part not in names]
-  if unknown:
-    raise DataError(f"train.frozen: the model has no part {unknown[0]!r}; its parts are "
-                    f"{', '.join(sorted(params.keys()))}")
-
-  # --- what the loader gives and what the step takes ---
-  options = loader_options(config)
-  cached = None
-  if config.data.cache_features:
-    if "vit" not in frozen_parts:
-      raise ValueError("data.cache_features=True needs a ViT that does not change: add 'vit' to "
-                       "train.frozen")
-    if jax.process_count() > 1:
-      raise ValueError("data.cache_features=True works in a single process: set it to False")
-    vit = nnx.merge(graph, params, frozen)
-    vit = vit.student.vit if config.task == "critic" else vit.vit
-    cached = features.cached_features(vit, corpus, config.data.features or workdir / "features",
-                                      progress=progress)
-  loader = Loader(corpus, tokenizer, options, config.seed)
-  columns = judgement_columns(corpus, judgements) if config.task == "critic" else None
-  objective = make_objective(config)
-  claim(config, workdir, write=True)
-
-  def batches(start: int, end: int):
-    for batch in loader.batches(start, end - start, jax.process_index(), jax.process_count()):
-      if cached is not None:
-        batch["features"] = cached[batch["image_id"]]
-      if columns is not None:
-        batch |= columns(batch)
-      yield batch
-
-  # --- state: resume, or start ---
-  steps = config.optim.steps
-  tx = optim.optimizer(config.optim)
-  losses_of = {"student": ("itc", "itm", "lm"), "generative": ("lm",)}.get(config.task, ())
-  loss_weights = {name: config.loss[name] for name in losses_of}
-  train_step = step.make_train_step(graph, tx, objective, loss_weights, config.train.microbatches)
-  run_key = jax.random.key(config.seed)
-  extended = False
-  with checkpoint.Checkpointer(workdir, config.train.keep, config.train.save_every) as saver:
-    state = {**jax.jit(lambda p: step.init_state(p, tx))(params), "frozen": frozen}
+def _train(config, workdir: Path, mesh, parts: Parts, watchers: Watchers, evaluate, progress: bool,
+           announce) -> dict:
+  """The loop; returns what done.json says."""
+  stop, dog, spent = watchers
+  restarts = count_start(workdir)
+  is_extended = False
+  with checkpoint.Checkpointer(
+      workdir, config.train.keep, config.train.save_every, keep_best=config.train.keep_best,
+      best_metric=config.train.best_metric, best_mode=config.train.best_mode,
+      frozen_source=config.init.model or None) as saver:
+    # --- resume, or start ---
+    dog.at("restore", 0)
+    spent.phase(goodput.RESTORE)
+    state = {**jax.jit(lambda p: step.init_state(p, parts.tx))(parts.params), "frozen": parts.frozen}
+    if announce:
+      parameter_table.announce(state, mesh, workdir, announce)
     found = saver.restore_latest(state, mesh)
+    extra = {"extended": False, "examples": ""}
     if found is not None:
       state, extra = found
+      if progress and jax.process_index() == 0:
+        print(saver.report, file=sys.stderr)
       if extra["extended"]:
-        extended, steps, tx, train_step = extend(config, graph, objective, loss_weights)
+        is_extended, config, parts = True, *extended(config, parts)
     frozen = state.pop("frozen")
-    start = int(state["step"])
+    start, steps = int(state["step"]), config.optim.steps
+    spent.restored(start)
+    spent.phase(goodput.PREPARATION)
+    source = parts.batches(start, steps)
     writer = metrics.MetricWriter(workdir, start, config.train.tensorboard)
-    rates = metrics.Throughput(peak=None)
-    bar = tqdm(total=steps, initial=start, desc=config.name, unit="step", disable=not progress,
-               dynamic_ncols=True, leave=False)
-    source = batches(start, steps)
-    now = start
-    try:
+    fed = Fed(workdir, start, extra["examples"], config.train.log_examples)
+    guard = not_finite.Watch(workdir, config.train.max_skipped,
+                             lambda number: next(parts.batches(number - 1, number)))
+    profiler = profiles.Profiler(workdir)
+    rates = metrics.Throughput(record=spent.add)
+    timer = SaveTimer(config.train, stop)
+    bar = tqdm(total=steps, initial=start, desc=config.name, unit="step",
+               disable=not progress or jax.process_index() > 0, dynamic_ncols=True, leave=False)
+    now, values, compiled = start, {}, False
+
+    def save(measured: dict):
+      writer.flush()  # a run killed after the save resumes behind these lines
+      fed.flush()
+      saver.save(now, {**state, "frozen": frozen}, {"extended": is_extended, "examples": fed.digest},
+                 metrics=measured if config.train.keep_best else None)
+
+    # Inside of what would wait for the other processes, so that an error does not; `spent` never waits.
+    with contextlib.ExitStack() as files, peers.leaving_at_once(workdir, stop), contextlib.closing(spent):
+      for file in (bar, profiler, writer, fed):
+        files.callback(file.close)
       while True:
+        saver.poll()
         # evaluate
+        measured = {}
         due = config.eval.every and (now % config.eval.every == 0 or now == steps)
         if evaluate and due and now > start:
-          with rates.paused():
-            measured = evaluate(graph, nnx.merge_state(state["params"], frozen), now)
+          dog.at("evaluate", now)
+          with rates.paused("evaluation"):
+            measured = evaluate(parts.graph, nnx.merge_state(state["params"], frozen), now)
           writer.write(now, measured)
           bar.set_postfix({name: f"{value:.3f}" for name, value in measured.items()})
-          if needs_more(config, measured, now, extended):
-            extended, steps, tx, train_step = extend(config, graph, objective, loss_weights)
+          if needs_more(config, measured, now, is_extended):
+            is_extended, config, parts = True, *extended(config, parts)
+            steps, compiled = config.optim.steps, False
             bar.total = steps
-            source = batches(now, steps)
+            source = parts.batches(now, steps)
         # save
-        if now > start and (saver.due(now) or now == steps):
-          with rates.paused():
-            writer.flush()  # a run killed after the save resumes behind these lines
-            saver.save(now, {**state, "frozen": frozen}, {"extended": extended})
+        due = stop.at_boundary(now) if now > start else None
+        if now > start and (due or saver.due(now) or now == steps):
+          dog.at("save", now)
+          with rates.paused("save"):
+            save(values | measured)
+            timer.saved()
+            if due == "stop":
+              saver.wait()
+              raise preemption.Preempted
         if now == steps:
           break
         # next batch
+        dog.at("data", now)
         with rates.waiting():
           batch = next(source)
         rows = parallel.put_batch(batch, mesh)
         # step
+        dog.at("step" if compiled else "compile", now)
         if now == start:
-          rates = metrics.Throughput(metrics.step_flops(
-              train_step.trace(state, frozen, rows, run_key)), _peak(mesh))
-        state, values = train_step(state, frozen, rows, run_key)
+          spent.phase(goodput.STARTUP)
+          rates = metrics.Throughput(metrics.step_flops(parts.train_step.trace(
+              state, frozen, rows, parts.run_key)), _peak(mesh), record=spent.add)
+        state, values = parts.train_step(state, frozen, rows, parts.run_key)
         now += 1
+        fed.add(now, values.pop("examples"))
         # log
-        if now == start + 1:
+        if compiled:
+          spent.step(now)
+        else:
+          compiled = True
           jax.block_until_ready(values)
+          stop.ready(now)
+          stop.keep_handler()
           rates.restart()  # the first step compiles
-        count = int(batch["statement_valid"].sum()) * jax.process_count()
-        rates.count(len(batch["image_id"]) * jax.process_count(), count)
+          spent.phase(goodput.STEP)
+        guard(now, values)
+        profiler(now, values)
+        others = config.data.batch_size / len(batch["image_id"])  # have as many valid statements, on average
+        rates.count(config.data.batch_size, int(batch["statement_valid"].sum() * others))
         bar.update()
         if now % config.train.log_every == 0 or now == steps:
           writer.write(now, values | rates.report())
-    finally:
-      bar.close()
-      writer.close()
-    saver.wait()
-  build.save(workdir / "model", config.task, model_config,
-             nnx.merge_state(state["params"], frozen), tokenizer_dir)
-  return Run(workdir / "model", steps, extended)
+          stop.keep_handler()
+        timer.look(saver.seconds_of_last_save())
+    dog.at("save", now)
+    with rates.paused("save"):
+      saver.wait()
+  if config.train.frozen_dtype:
+    frozen = widened(frozen, start_weights(config))
+  build.save(workdir / "model", config.task, parts.model_config,
+             nnx.merge_state(state["params"], frozen), parts.tokenizer_dir)
+  return {"step": steps, "params_digest": trees.params_digest(state["params"]),
+          "examples_digest": fed.digest, "restarts": restarts, "extended": is_extended}
 
 
 def _peak(mesh):
@@ -195,17 +236,32 @@ def _peak(mesh):
   return None if peak is None else peak * mesh.devices.size
 
 
+class SaveTimer:
+  """Asks for saves by the clock, and tells if one takes longer than a preemption leaves."""
+
+  def __init__(self, config, stop):
+    self._minutes, self._grace, self._stop = config.save_minutes, config.grace, stop
+    self._warned = False
+    self.saved()
+
+  def saved(self) -> None:
+    """A save was begun."""
+    self._at, self._asked = time.monotonic(), False
+
+  def look(self, seconds: float | None) -> None:
+    """Once a step. seconds: how long the last complete save took, None if there was none."""
+    late = self._minutes and time.monotonic() - self._at > 60 * self._minutes
+    if late and not self._asked and jax.process_index() == 0:
+      self._asked = True
+      self._stop.ask("save", "train.save_minutes")
+    if seconds and seconds > self._grace and not self._warned:
+      self._warned = True
+      log.warning("a save takes %.0f s, and a preemption leaves train.grace=%g: it would lose up to "
+                  "train.save_every steps", seconds, self._grace)
+
+
 def needs_more(config, measured: dict, now: int, extended: bool) -> bool:
   """Whether a run that is half done has not left chance, and so is to be extended."""
   guard = config.guard
   return (not extended and guard.metric in measured and now >= guard.at * config.optim.steps
           and now < config.optim.steps and measured[guard.metric] < guard.below)
-
-
-def extend(config, graph, objective, loss_weights):
-  """The longer schedule of a run that had not left chance: (True, steps, optimizer, step)."""
-  longer = config.optim.copy_and_resolve_references()
-  longer.steps = round(config.optim.steps * config.guard.factor)
-  tx = optim.optimizer(longer)
-  return True, longer.steps, tx, step.make_train_step(graph, tx, objective, loss_weights,
-                                                      config.train.microbatches)

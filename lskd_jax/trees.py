@@ -11,6 +11,8 @@ Everything here is collective: on several hosts, all processes call it with the 
 """
 import concurrent.futures
 import functools
+import hashlib
+import json
 import math
 
 from etils import epath
@@ -21,13 +23,18 @@ import numpy as np
 import orbax.checkpoint as ocp
 import tensorstore
 
-from lskd_jax import streams
+from lskd_jax import agreement, exit_codes, streams
 
 NAMES_SHOWN = 20  # in one error line: a wrong config can mismatch thousands of leaves
 
 
 class CheckpointError(ValueError):
   """A checkpoint or model directory that cannot be used: one line, with the path and what to do."""
+
+
+class CannotSaveError(CheckpointError):
+  """Something could not be written, for instance because the disk is full."""
+  exit_code = exit_codes.CANNOT_SAVE
 
 
 # --- names ---------------------------------------------------------------------------------------
@@ -134,6 +141,11 @@ def make_manifest(named: dict[str, object]) -> dict[str, dict]:
           for name, leaf in named.items()}
 
 
+def params_digest(tree) -> str:
+  """A hash over all leaves of a tree, whatever the mesh and the number of processes. Collective."""
+  return hashlib.sha256(json.dumps(make_manifest(named_leaves(tree)), sort_keys=True).encode()).hexdigest()
+
+
 def check_structure(manifest: dict[str, dict], target: dict[str, object], where) -> None:
   """Raises one line that names every leaf whose presence, shape or dtype differs from `target`."""
   def kind(shape, dtype):
@@ -222,11 +234,12 @@ def save_arguments(named: dict[str, object], by_row: bool = False) -> ocp.args.P
   return ocp.args.PyTreeSave(nest(named), nest({name: how(leaf) for name, leaf in named.items()}))
 
 
-def restore_arguments(target: dict[str, object], mesh) -> ocp.args.PyTreeRestore:
+def restore_arguments(target: dict[str, object], mesh, partial: bool = False) -> ocp.args.PyTreeRestore:
   """What orbax is told to restore: the named leaves, each to where `place` says."""
   places = nest({name: place(leaf, mesh) for name, leaf in target.items()})
   return ocp.args.PyTreeRestore(
-      item=places, restore_args=ocp.checkpoint_utils.construct_restore_args(places))
+      item=places, restore_args=ocp.checkpoint_utils.construct_restore_args(places),
+      partial_restore=partial)
 
 
 def write_tree(directory: epath.Path, tree) -> dict[str, dict]:
@@ -248,18 +261,30 @@ def write_tree(directory: epath.Path, tree) -> dict[str, dict]:
   except CheckpointError:
     raise  # a streamed leaf could not be made
   except (OSError, ValueError) as error:
-    raise CheckpointError(f"cannot write {directory}: {one_line(error)}") from error
+    raise CannotSaveError(f"cannot write {directory}: {one_line(error)}") from error
   return manifest
+
+
+def read_about(directory: epath.Path) -> dict:
+  """What was written about a folder of arrays beside them. Not collective; errors as orbax has them."""
+  with ocp.Checkpointer(tree_handler()) as reader:
+    about = reader.metadata(directory).custom_metadata
+  if not about or "leaves" not in about:
+    raise ValueError("it has no manifest")
+  return about
 
 
 def read_manifest(directory: epath.Path) -> dict[str, dict]:
   """The manifest of a folder that `write_tree` made."""
-  try:
-    with ocp.Checkpointer(tree_handler()) as reader:
-      return reader.metadata(directory).custom_metadata["leaves"]
-  except Exception as error:
-    raise CheckpointError(f"{directory} is not a complete folder of arrays with a manifest: "
-                          f"{one_line(error)}") from error
+  def read():
+    try:
+      return read_about(directory)["leaves"], None
+    except Exception as error:
+      return None, one_line(error)
+  manifest, problem = agreement.from_first(read)
+  if problem:
+    raise CheckpointError(f"{directory} is not a complete folder of arrays with a manifest: {problem}")
+  return manifest
 
 
 def read_tree(directory: epath.Path, target=None, mesh=None):
@@ -276,24 +301,48 @@ def read_tree(directory: epath.Path, target=None, mesh=None):
   """
   manifest = read_manifest(directory)
   if target is None:
+    return nest(read_leaves(directory, manifest))
+  wanted = named_leaves(target)
+  check_structure(manifest, wanted, directory)
+  return fill(target, read_leaves(directory, manifest, wanted, mesh))
+
+
+def read_leaves(directory: epath.Path, manifest: dict[str, dict], wanted: dict[str, object] | None = None,
+                mesh=None, partial: bool = False) -> dict[str, object]:
+  """The named leaves of a folder, every value checked.
+
+  Args:
+    directory: the folder.
+    manifest: the leaves to read, as they have to be.
+    wanted: where they go, by the same names; None for numpy arrays.
+    mesh: see `place`.
+    partial: whether the folder has more leaves than these.
+
+  Raises:
+    CheckpointError: on all processes, if the files of any of them are missing or damaged.
+  """
+  if wanted is None:
     arguments = ocp.args.PyTreeRestore(
         restore_args=nest({name: ocp.RestoreArgs(restore_type=np.ndarray) for name in manifest}))
   else:
-    wanted = named_leaves(target)
-    check_structure(manifest, wanted, directory)
-    arguments = restore_arguments(wanted, mesh)
+    arguments = restore_arguments(wanted, mesh, partial)
   # By default orbax reads all leaves at once, and where disks are fast holds the tree twice.
   largest = max(math.prod(entry["shape"]) for entry in manifest.values()) * 4
+  named, problem = {}, None
+  # Not by a Checkpointer: it waits for all processes, also for one that could not read.
+  reader = tree_handler(restore_concurrent_gb=1 + largest // 10**9)
   try:
-    with ocp.Checkpointer(tree_handler(restore_concurrent_gb=1 + largest // 10**9)) as reader:
-      tree = reader.restore(directory, args=arguments)
+    named = named_leaves(reader.restore(directory, args=arguments))
   except jax.errors.JaxRuntimeError:
     raise  # a device that is out of memory says nothing about the files
   except Exception as error:  # for unreadable arrays orbax raises a plain Exception
-    raise CheckpointError(f"{directory} is damaged: {one_line(error)}") from error
-  named = named_leaves(tree)
+    problem = one_line(error)
+  finally:
+    reader.close()
+  if problem := agreement.first_problem(problem):
+    raise CheckpointError(f"{directory} is damaged: {problem}")
   check_values(manifest, named, directory)
-  return tree if target is None else fill(target, named)
+  return named
 
 
 class LeafReader:

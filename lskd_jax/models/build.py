@@ -18,7 +18,7 @@ from tokenizers import Tokenizer
 
 from data_pipeline import tokenizer as tokenizers
 from data_pipeline.records import DataError
-from lskd_jax import checkpoint
+from lskd_jax import checkpoint, parallel
 from lskd_jax.models.critic import Critic
 from lskd_jax.models.generative import GenerativeConfig, GenerativeStudent, generative_config
 from lskd_jax.models.student import Student, StudentConfig, Table, Tagger, student_config
@@ -149,7 +149,7 @@ def copy_parts(state: nnx.State, source: dict, parts: tuple[str, ...]) -> nnx.St
           f"init.model does not fit: {'/'.join(odd[0])} is missing or of another shape "
           f"({len(odd)} such); use the model sizes of that directory's config.json")
     for path, leaf in wanted.items():
-      leaf[...] = jax.device_put(np.asarray(given[path]), leaf[...].sharding)
+      leaf[...] = parallel.put_whole(np.asarray(given[path]), leaf[...].sharding)
   return state
 
 

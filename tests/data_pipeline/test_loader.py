@@ -210,22 +210,28 @@ def test_resuming_gives_the_rest_of_the_same_batches(corpus, tokenizer):
     _assert_equal(expected, found)
 
 
-@pytest.mark.parametrize("processes", [2, 4])
-def test_processes_take_contiguous_parts_of_the_same_batch(corpus, tokenizer, processes):
+@pytest.mark.parametrize("shares", [[[0, 1], [2, 3]], [[3, 0], [1], [2]], [[0, 1, 2], [1, 2, 3]]])
+def test_rows_are_the_same_whoever_reads_them(corpus, tokenizer, shares):
+  """Processes with interleaved rows, with unequal numbers of them, and with rows in common."""
   whole = list(batches(corpus, tokenizer, OPTIONS, seed=0, steps=3))
-  parts = [
-    list(batches(corpus, tokenizer, OPTIONS, 0, 0, 3, process_index=p, process_count=processes))
-    for p in range(processes)
-  ]
-  assert {len(part) for part in parts} == {3}  # no process is left waiting for another
-  for step, expected in enumerate(whole):
-    joined = {name: np.concatenate([part[step][name] for part in parts]) for name in expected}
-    _assert_equal(expected, joined)
+  for rows in shares:
+    part = list(batches(corpus, tokenizer, OPTIONS, 0, 0, 3, rows=rows))
+    assert len(part) == 3
+    for expected, found in zip(whole, part, strict=True):
+      _assert_equal({name: values[rows] for name, values in expected.items()}, found)
 
 
-def test_a_batch_that_cannot_be_shared_is_refused(corpus, tokenizer):
-  with pytest.raises(DataError, match="batch_size=4 cannot be shared by 3 processes"):
-    batch_at(corpus, tokenizer, OPTIONS, 0, 0, process_index=0, process_count=3)
+@pytest.mark.parametrize("rows", [[], [4], [-1, 0]])
+def test_rows_that_a_batch_does_not_have_are_refused(corpus, tokenizer, rows):
+  with pytest.raises(DataError, match="a batch has the rows 0 to 3"):
+    batch_at(corpus, tokenizer, OPTIONS, 0, 0, rows)
+
+
+def test_example_ids_tell_what_a_step_reads(corpus, tokenizer):
+  loader = Loader(corpus, tokenizer, OPTIONS, 2)
+  for step in (0, 1, 7):  # five images: batches cross the borders of epochs
+    np.testing.assert_array_equal(loader.example_ids(step), loader.batch(step)["image_id"])
+  assert loader.example_ids(0).dtype == np.int64
 
 
 def test_every_epoch_shows_each_image_once_in_another_order(corpus, tokenizer):

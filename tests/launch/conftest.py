@@ -30,9 +30,10 @@ def config(checkout, tmp_path):
   """Two hosts with four chips each, looked at once a minute."""
   config = launch_v5e.get_config()
   (tmp_path / "requirements.txt").write_text("jax==0.10.2\n")
-  config.update(name="run", project="project", bucket="gs://bucket", accelerator_type="v5p-16", zone="zone-a",
+  config.update(name="run", project="project", bucket="gs://bucket", accelerator_type="v5p-16",
+                zone="zone-a", command="lskd train --multi-host --config c.py --workdir /mnt/lskd/work",
                 source=str(checkout), requirements=str(tmp_path / "requirements.txt"), python="3.12",
-                state=str(tmp_path / "state"), command="lskd train --config c.py --workdir /mnt/lskd/work")
+                state=str(tmp_path / "state"))
   return config
 
 

@@ -26,6 +26,8 @@ GIVEN = ["--config.project=p", "--config.bucket=gs://bucket"]
     ("up", ["--config.command='lskd train \"a'"], "command: No closing quotation"),
     ("up", ["--config.command=lskd train --workdir out"], "command: --workdir out must lie below "
      "mount='/mnt/lskd', where it outlives the machines"),
+    ("up", ["--config.command=lskd train --workdir /mnt/lskd/a"], "command: 4 hosts run it, so it needs "
+     "--multi-host"),
     ("up", ["--config.accelerator_type=v9-8"], "accelerator_type='v9-8' is not known; write v2, v3, v4, "
      "v5litepod, v5p, v6e, tpu7x and a number, such as v5litepod-16"),
     ("up", ["--config.accelerator_type=v5p-7"], "accelerator_type='v5p-7': there is no slice of that size"),

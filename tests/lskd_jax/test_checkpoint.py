@@ -2,9 +2,12 @@
 import json
 import os
 from pathlib import Path
+import resource
+import shutil
 import signal
 import subprocess
 import sys
+import time
 
 from flax import nnx
 import jax
@@ -15,7 +18,14 @@ import optax
 import pytest
 
 from lskd_jax.checkpoint import Checkpointer, load_config, load_model, save_model
-from lskd_jax.trees import CheckpointError, fingerprints, named_leaves
+from lskd_jax.trees import (
+  CannotSaveError,
+  CheckpointError,
+  fingerprints,
+  named_leaves,
+  params_digest,
+  read_tree,
+)
 
 # TensorStore drops the futures of its other reads when one of a damaged checkpoint fails.
 pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
@@ -77,6 +87,10 @@ def saved(workdir, steps, **options):
         checkpoints.save(step, state, {"next_batch": step})
         states[step] = state
   return states
+
+
+def steps_in(workdir):
+  return sorted(int(path.name) for path in (workdir / "checkpoints").iterdir())
 
 
 def largest_data_file(folder):
@@ -154,9 +168,49 @@ def test_only_the_newest_checkpoints_are_kept_and_a_step_is_saved_once(tmp_path)
   assert_same_bits(state, states[3])
 
 
+def test_the_best_are_kept_beside_the_newest(tmp_path):
+  """Of equal values the newest counts; NaN and steps without the metric are not among the best."""
+  values = {1: 0.5, 2: 0.9, 3: 0.9, 4: float("nan"), 5: None, 6: 0.1}
+  with Checkpointer(tmp_path, keep=1, keep_best=2, best_metric="right") as checkpoints:
+    for step, value in values.items():
+      checkpoints.save(step, {"a": jnp.zeros(1)}, metrics=None if value is None else {"right": value})
+  assert steps_in(tmp_path) == [2, 3, 6]
+  with Checkpointer(tmp_path, keep=1, keep_best=1, best_metric="right", best_mode="min") as checkpoints:
+    checkpoints.save(7, {"a": jnp.zeros(1)}, metrics={"right": 0.2})
+  assert steps_in(tmp_path) == [6, 7]
+
+
+def test_the_best_by_no_metric_is_refused(tmp_path):
+  with pytest.raises(CheckpointError, match="keep_best=1 needs the name of a metric"):
+    Checkpointer(tmp_path, keep_best=1)
+
+
 def test_save_every_says_when_a_periodic_save_is_due(tmp_path):
   with Checkpointer(tmp_path, save_every=50) as checkpoints:
     assert [step for step in range(1, 151) if checkpoints.due(step)] == [50, 100, 150]
+
+
+def test_the_marker_says_what_was_saved_and_how_long_it_took(tmp_path):
+  state = spread_over(mesh_of(4, 2), train_step(init(jax.random.key(0))))
+  with Checkpointer(tmp_path) as checkpoints:
+    assert checkpoints.seconds_of_last_save() is None
+    checkpoints.save(7, state, {"next_batch": 7}, metrics={"loss": np.float32(0.5)})
+    checkpoints.wait()
+    assert checkpoints.seconds_of_last_save() > 0
+  marker = json.loads((tmp_path / "checkpoints/7/COMMITTED.json").read_text())
+  assert marker["step"] == 7 and marker["extra"] == {"next_batch": 7}
+  assert marker["metrics"] == {"loss": 0.5}
+  assert marker["mesh"] == {"fsdp": 4, "tensor": 2} and marker["processes"] == 1
+
+
+def test_a_step_is_committed_without_anyone_waiting_for_it(tmp_path):
+  with Checkpointer(tmp_path) as checkpoints:
+    checkpoints.save(1, {"a": jnp.zeros(1)})
+    deadline = time.monotonic() + 60
+    while checkpoints.durable_step() is None and time.monotonic() < deadline:
+      checkpoints.poll()
+      time.sleep(0.01)
+    assert checkpoints.durable_step() == 1
 
 
 # --- the frozen part -----------------------------------------------------------------------------
@@ -186,6 +240,39 @@ def test_another_runs_frozen_part_is_refused(tmp_path):
       checkpoints.save(2, init(jax.random.key(5)))
 
 
+def test_frozen_leaves_out_of_a_model_directory_are_referred_to_and_not_copied(tmp_path):
+  state = init(jax.random.key(0))
+  frozen = {"vit": state["frozen"]["vit"], "table": jnp.arange(3)}  # the table is no model's parameter
+  state = dict(state, frozen=frozen)
+  save_model(tmp_path / "model", {}, {"vit": frozen["vit"], "heads": state["params"]["heads"]})
+  with Checkpointer(tmp_path / "run", frozen_source=tmp_path / "model") as checkpoints:
+    checkpoints.save(1, state)
+  run = tmp_path / "run"
+  assert set(read_tree(run / "frozen")) == {"table"}
+  with Checkpointer(run) as checkpoints:  # what was referred to is known
+    restored, _ = checkpoints.restore_latest(jax.eval_shape(lambda: state))
+    assert_same_bits(restored, state)
+    checkpoints.save(2, state)
+  changed = jax.tree.map(lambda leaf: leaf + 1, frozen["vit"])
+  save_model(tmp_path / "model", {}, {"vit": changed, "heads": state["params"]["heads"]})
+  line = f"{run}/frozen.json refers to the parameters of {tmp_path}/model, which has changed or vanished"
+  for _ in ("changed", "vanished"):
+    with Checkpointer(run) as checkpoints:
+      with pytest.raises(CheckpointError, match=line):
+        checkpoints.restore_latest(state)
+    shutil.rmtree(tmp_path / "model", ignore_errors=True)
+
+
+@pytest.mark.parametrize("source", ["another model", "no model"])
+def test_frozen_leaves_that_their_source_does_not_have_are_copied(tmp_path, source):
+  state = init(jax.random.key(0))
+  if source == "another model":
+    save_model(tmp_path / source, {}, init(jax.random.key(1))["frozen"])
+  with Checkpointer(tmp_path, frozen_source=tmp_path / source) as checkpoints:
+    checkpoints.save(1, state)
+  assert (tmp_path / "frozen").exists() and not (tmp_path / "frozen.json").exists()
+
+
 # --- damage --------------------------------------------------------------------------------------
 
 
@@ -202,7 +289,7 @@ def test_one_flipped_bit_is_noticed_and_the_run_goes_on_from_the_step_before(tmp
     assert_same_bits(checkpoints.restore_latest(states[1])[0], states[2])
 
 
-@pytest.mark.parametrize("file", ["_CHECKPOINT_METADATA", "default/manifest.ocdbt", "largest"])
+@pytest.mark.parametrize("file", ["_CHECKPOINT_METADATA", "_METADATA", "manifest.ocdbt", "largest"])
 def test_a_checkpoint_with_a_missing_or_short_file_is_passed_over(tmp_path, file):
   states = saved(tmp_path, [1, 2])
   folder = tmp_path / "checkpoints" / "2"
@@ -214,6 +301,129 @@ def test_a_checkpoint_with_a_missing_or_short_file_is_passed_over(tmp_path, file
   with Checkpointer(tmp_path) as checkpoints:
     state, _ = checkpoints.restore_latest(states[1])
   assert_same_bits(state, states[1])
+
+
+def test_a_step_without_its_marker_is_set_aside_and_the_report_says_why(tmp_path):
+  """So is a copy that was cut off: whole files are there, but not the last one."""
+  states = saved(tmp_path, [1, 2])
+  (tmp_path / "checkpoints/2/COMMITTED.json").unlink()
+  with Checkpointer(tmp_path) as checkpoints:
+    assert checkpoints.durable_step() == 1
+    state, _ = checkpoints.restore_latest(states[1])
+    assert checkpoints.report == (
+        "resuming from checkpoint 1; set aside checkpoint 2: it has no COMMITTED.json: its save or its "
+        "copy was cut off")
+  assert_same_bits(state, states[1])
+  assert steps_in(tmp_path) == [1] and (tmp_path / "damaged/2").is_dir()
+
+
+def test_a_copy_whose_marker_came_before_its_arrays_is_set_aside(tmp_path):
+  states = saved(tmp_path, [1, 2])
+  missing = largest_data_file(tmp_path / "checkpoints" / "2")
+  missing.unlink()
+  with Checkpointer(tmp_path) as checkpoints:
+    assert checkpoints.restore_latest(states[1])[0]["step"] == 1
+    name = missing.relative_to(tmp_path / "checkpoints/2")
+    assert f"files are missing or have another size: {name}" in checkpoints.report
+
+
+def test_a_marker_belongs_to_one_manifest(tmp_path):
+  states = saved(tmp_path, [1, 2])
+  path = tmp_path / "checkpoints/2/_CHECKPOINT_METADATA"
+  path.write_text(path.read_text().replace('"next_batch": 2', '"next_batch": 3'))
+  with Checkpointer(tmp_path) as checkpoints:
+    assert checkpoints.restore_latest(states[1])[1] == {"next_batch": 1}
+    assert "its manifest is not the one that COMMITTED.json was written for" in checkpoints.report
+
+
+def test_a_run_killed_just_before_its_first_commit_does_not_lose_the_step(tmp_path):
+  """Nothing is committed, so there is nothing to fall back to; and every value of the step is right."""
+  states = saved(tmp_path, [1])
+  marker = tmp_path / "checkpoints/1/COMMITTED.json"
+  marker.unlink()
+  with Checkpointer(tmp_path) as checkpoints:
+    assert_same_bits(checkpoints.restore_latest(states[1])[0], states[1])
+    assert checkpoints.durable_step() == 1
+  marker.unlink()
+  flip_a_bit(largest_data_file(tmp_path / "checkpoints/1"))
+  with Checkpointer(tmp_path) as checkpoints:
+    with pytest.raises(CheckpointError, match="no checkpoint in .* can be restored"):
+      checkpoints.restore_latest(states[1])
+
+
+def test_setting_a_step_aside_twice_keeps_both(tmp_path):
+  for _ in range(2):
+    states = saved(tmp_path, [1, 2])
+    flip_a_bit(largest_data_file(tmp_path / "checkpoints" / "2"))
+    with Checkpointer(tmp_path) as checkpoints:
+      checkpoints.restore_latest(states[1])
+  assert sorted(path.name for path in (tmp_path / "damaged").iterdir()) == ["2", "2-2"]
+
+
+def test_a_deletion_that_was_killed_leaves_nothing_that_looks_like_a_step(tmp_path):
+  states = saved(tmp_path, [1, 2])
+  (tmp_path / "checkpoints/1/COMMITTED.json").unlink()  # what a deletion does first
+  (tmp_path / "checkpoints/1").rename(tmp_path / "checkpoints/1.deleted")
+  with Checkpointer(tmp_path) as checkpoints:
+    assert checkpoints.restore_latest(states[1])[0]["step"] == 2
+  assert steps_in(tmp_path) == [2]
+
+
+# --- a full disk ---------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def small_files():
+  """Writing more than 20 kB to a file fails, as on a disk that is full."""
+  soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+  resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, hard))
+  yield lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+  resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+def big(step):
+  """A state that needs more than 20 kB on disk, also when it is packed."""
+  return {"step": jnp.int32(step), "params": jax.random.normal(jax.random.key(step), (100_000,))}
+
+
+def test_a_full_disk_is_noticed_at_the_next_step_and_the_last_good_checkpoint_stays(tmp_path, small_files):
+  with Checkpointer(tmp_path) as checkpoints:
+    checkpoints.save(1, {"step": jnp.int32(1), "params": jnp.zeros(100_000)})  # packs well
+    checkpoints.wait()
+    checkpoints.save(2, big(2))
+    with pytest.raises(CannotSaveError, match="cannot save checkpoint 2 to .*newest complete one is 1"):
+      for _ in range(6000):  # a training loop that never saves again
+        checkpoints.poll()
+        time.sleep(0.01)
+    assert checkpoints.durable_step() == 1
+    small_files()  # there is space again
+    checkpoints.save(2, big(2))
+  with Checkpointer(tmp_path) as checkpoints:
+    assert_same_bits(checkpoints.restore_latest(big(0))[0], big(2))
+
+
+def test_a_run_whose_disk_was_full_goes_on_once_there_is_space(tmp_path, small_files):
+  with pytest.raises(CannotSaveError):
+    with Checkpointer(tmp_path) as checkpoints:
+      checkpoints.save(1, big(1))
+  small_files()
+  with Checkpointer(tmp_path) as checkpoints:
+    assert checkpoints.restore_latest(big(0)) is None
+    checkpoints.save(1, big(1))
+  assert steps_in(tmp_path) == [1]
+
+
+def test_a_full_disk_for_the_frozen_part_is_the_same_error(tmp_path, small_files):
+  with Checkpointer(tmp_path) as checkpoints:
+    with pytest.raises(CannotSaveError, match="cannot write .*frozen"):
+      checkpoints.save(1, {"step": jnp.int32(1), "frozen": big(1)["params"]})
+
+
+def test_a_failed_save_has_an_exit_code_of_its_own():
+  assert CannotSaveError("full").exit_code == 4
+
+
+# --- all of them damaged -------------------------------------------------------------------------
 
 
 def test_when_all_checkpoints_are_damaged_the_run_does_not_silently_start_over(tmp_path):
@@ -229,7 +439,7 @@ def test_when_all_checkpoints_are_damaged_the_run_does_not_silently_start_over(t
 def test_a_half_written_step_is_ignored_and_removed(tmp_path):
   states = saved(tmp_path, [1])
   left_over = tmp_path / "checkpoints" / "2.orbax-checkpoint-tmp"
-  (left_over / "default.orbax-checkpoint-tmp").mkdir(parents=True)
+  (left_over / "d").mkdir(parents=True)
   with Checkpointer(tmp_path) as checkpoints:
     assert checkpoints.restore_latest(states[1])[0]["step"] == 1
     checkpoints.save(2, train_step(states[1]))
@@ -369,6 +579,16 @@ def test_a_fingerprint_is_a_weighted_sum_of_bits():
   assert fingerprint(np.int32([0, 0, 1])) == (2 * hashed + 1) % 2**32
   assert fingerprint(np.int32([[0, 0], [0, 5]])) == 5 * hashed * (3 * hashed) % 2**32
   assert fingerprint(np.float32(1.0)) == 0x3F800000  # the bits of 1.0; a scalar has no weight
+
+
+def test_the_digest_of_parameters_depends_on_names_and_values_but_not_on_the_mesh():
+  tree = {"kernel": jnp.arange(64.0).reshape(8, 8), "bias": jnp.ones(8)}
+  digest = params_digest(tree)
+  assert len(digest) == 64
+  assert params_digest(spread_over(mesh_of(2, 4), tree)) == digest
+  assert params_digest(jax.tree.map(np.asarray, tree)) == digest
+  assert params_digest(tree | {"bias": tree["bias"].at[3].set(2)}) != digest
+  assert params_digest({"kernel": tree["kernel"], "scale": tree["bias"]}) != digest
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "int8", "bool"])

@@ -14,15 +14,16 @@ import pytest
 from data_pipeline import choices, stages
 from data_pipeline.corpus import open_corpus
 from data_pipeline.sources import scenes
-from lskd_jax import cli
+from lskd_jax import cli, goodput
 from lskd_jax.convert.model_directory import Imported
 from lskd_jax.train import Run
 from lskd_jax.trees import read_manifest
 from tests.lskd_jax.tiny_models import OVERRIDES, make_model
 
 ROOT = Path(__file__).resolve().parents[2]
-VERBS = ["demo", "train", "eval", "score", "ask", "import", "export", *(f"corpus {stage}" for stage in (
-  "verbalize", "teach", "judge", "score", "filter", "build", "report", "publish"))]
+VERBS = ["demo", "train", "watch", "plan", "eval", "score", "ask", "import", "export",
+         *(f"corpus {stage}" for stage in (
+           "verbalize", "teach", "judge", "score", "filter", "build", "report", "publish"))]
 
 
 def lskd(*words):
@@ -299,8 +300,9 @@ def test_a_question_or_a_caption_is_asked_for(words, capsys):
 def test_training_finds_the_pictures_of_a_stage_folder(road, monkeypatch, tmp_path):
   configs = []
 
-  def train(config, workdir):
+  def train(config, workdir, began, **unused):
     configs.append(config)
+    goodput.Log(workdir, began).close()
     return Run(tmp_path / "model", 1, False)
 
   monkeypatch.setattr("lskd_jax.train.train", train)
@@ -331,8 +333,22 @@ def test_photographs_from_files_to_a_trained_student(real_sample, tmp_path, caps
            f"--config.data.corpus={built}", "--workdir", tmp_path / "run"]
   capsys.readouterr()
   lskd(*train)
-  assert f"train: 2 steps; the model is in {tmp_path / 'run' / 'model'}" in capsys.readouterr().out
+  told = capsys.readouterr().out
+  assert f"train: 2 steps; the model is in {tmp_path / 'run' / 'model'}\ngoodput " in told
+  assert "PROGRAM_STARTUP" in told
   lskd(*train)  # finished: nothing to do
+  lskd("watch", "--workdir", tmp_path / "run", "--once")
+  assert "step 2 of 2 (100%)" in capsys.readouterr().out
+  assert cli.main(["watch", "--workdir", str(tmp_path)]) == 1
+  assert f"{tmp_path}: no run was started here" in capsys.readouterr().err
+
+  lskd(*train, "--reproduce-step", 2)
+  told = capsys.readouterr()
+  assert json.loads(told.out)["step"] == 2 and "equal to metrics.jsonl in all" in told.err
+  log = tmp_path / "run" / "metrics.jsonl"
+  log.write_text(log.read_text().replace('"loss": ', '"loss": 1'))
+  assert cli.main([*map(str, train), "--reproduce-step", "2"]) == 1
+  assert "lskd: error: step 2 is different from metrics.jsonl: loss " in capsys.readouterr().err
 
   photograph = sorted((real_sample / "images").iterdir())[0]
   capsys.readouterr()

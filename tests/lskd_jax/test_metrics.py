@@ -1,6 +1,7 @@
 """The metrics file over restarts, throughput with a clock we set, and FLOPs counted by hand."""
 import json
 import math
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -122,12 +123,25 @@ def test_rates_of_two_steps_in_four_seconds_one_of_them_waiting():
       clock.now += 0.5
     clock.now += 1.5
     rates.count(images=8, statements=20)
-  with rates.paused():  # an evaluation
-    clock.now += 100
+  with rates.paused("evaluation"):
+    clock.now += 10
+  with rates.paused("save"):
+    clock.now += 6
   assert rates.report() == {
-      "steps_per_second": 0.5, "images_per_second": 4.0, "statements_per_second": 10.0,
-      "data_wait_share": 0.25, "mfu": 0.25}  # 2 x 3 GFLOP in 4 s, of 6 GFLOP/s
+      "steps_per_second": 0.5, "images_per_second": 4.0, "statements_per_second": 10.0,  # in 4 s
+      "data_wait_share": 0.05, "evaluation_share": 0.5, "save_share": 0.3,  # of all 20 s
+      "step_share": pytest.approx(0.15), "mfu": 0.25}  # 2 x 3 GFLOP in 4 s, of 6 GFLOP/s
   assert rates.report() == {}  # nothing counted since
+
+
+def test_parts_of_the_time_are_told_as_they_end():
+  clock, told = Clock(), []
+  rates = Throughput(clock=clock, record=lambda *part: told.append(part))
+  with rates.waiting():
+    clock.now += 0.5
+  with rates.paused("save"):
+    clock.now += 2
+  assert told == [("data_wait", 0.5), ("save", 2)]
 
 
 def test_without_a_known_peak_there_is_no_mfu():
@@ -138,12 +152,15 @@ def test_without_a_known_peak_there_is_no_mfu():
   assert "mfu" not in rates.report()
 
 
-def test_peaks_are_published_for_tpus_measured_on_a_cpu_and_unknown_elsewhere():
-  class Device:
-    platform, device_kind = "tpu", "TPU v5 lite"
-  assert peak_flops(Device()) == 197e12
-  Device.device_kind = "something new"
-  assert peak_flops(Device()) is None
+@pytest.mark.parametrize("kind,peak", [
+    ("TPU v5 lite", 197e12), ("TPU v5", 459e12), ("TPU v5p", 459e12), ("NVIDIA A100-SXM4-40GB", 312e12),
+    ("NVIDIA A100 80GB PCIe", 312e12), ("NVIDIA H100 80GB HBM3", 989e12), ("NVIDIA H100 PCIe", 756e12),
+    ("NVIDIA L4", 121e12), ("NVIDIA L40S", 362e12), ("NVIDIA L40", None), ("something new", None)])
+def test_published_peaks(kind, peak):
+  assert peak_flops(SimpleNamespace(platform="any", device_kind=kind)) == peak
+
+
+def test_a_cpus_peak_is_measured():
   here = sum(peak_flops(device) for device in jax.local_devices(backend="cpu"))
   assert 1e8 < here < 1e15  # 8 pretended devices share what the cores can do
 
@@ -173,7 +190,7 @@ def test_the_gradient_of_a_product_is_two_products_and_remat_adds_the_recomputed
   def loss(x, w):
     return jnp.tanh(x @ w).sum()
   one = 2 * 4 * 8 * 8
-  plain, remat = (jax.grad(f, argnums=(0, 1)) for f in (loss, jax.checkpoint(loss)))
+  plain, remat = (jax.value_and_grad(f, argnums=(0, 1)) for f in (loss, jax.checkpoint(loss)))
   assert step_flops(traced(plain, (4, 8), (8, 8))) == 3 * one
   assert step_flops(traced(remat, (4, 8), (8, 8))) == 4 * one
 

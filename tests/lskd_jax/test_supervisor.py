@@ -43,6 +43,12 @@ def test_the_process_that_ended_first_speaks_for_the_run():
   assert not decide([1, -6], None, None, Tally(), Budgets()).restart
 
 
+@pytest.mark.parametrize("consequence", [exit_codes.PEER_LOST, -6])
+def test_a_process_that_only_lost_another_does_not_speak_for_the_run(consequence):
+  assert decide([consequence, 3], None, None, Tally(), Budgets())[:2] == (False, 3)
+  assert decide([consequence, 0], None, None, Tally(), Budgets()).restart
+
+
 def test_failures_count_in_a_row_and_a_newer_durable_step_forgives_them():
   tally = Tally()
   for failures in (1, 2):
@@ -275,7 +281,7 @@ def test_the_same_command_runs_in_each_process_with_the_devices_that_the_mesh_ne
 
 def test_a_mesh_that_does_not_fit_the_processes_is_refused(capsys):
   words = ["train", "--config", "configs/forkme.py", "--workdir", "out", "--local-processes", "3",
-           "--config.train.mesh.fsdp=2"]
+           *(f"--config.train.mesh.{axis}" for axis in ("slice=1", "data=1", "fsdp=2"))]
   assert cli.main(words) == 1
   assert capsys.readouterr().err == (
       "lskd: error: train.mesh needs 2 devices, which cannot be spread over 3 processes: "

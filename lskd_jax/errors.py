@@ -1,0 +1,53 @@
+"""What an error says to a user, and the exit code it ends a command with."""
+import errno
+import sys
+import traceback
+
+from lskd_jax import exit_codes
+
+OURS = ("data_pipeline", "lskd_jax", "configs")
+
+
+def exit_code(error: BaseException) -> int:
+  """The exit code a command ends with: the error's own `exit_code`, or what its kind means."""
+  if isinstance(error, SystemExit):
+    return error.code if isinstance(error.code, int) else exit_codes.DONE if error.code is None else 1
+  if isinstance(error, KeyboardInterrupt):
+    return exit_codes.INTERRUPTED
+  return getattr(error, "exit_code", exit_codes.INPUT)
+
+
+def report(error: BaseException) -> None:
+  """Prints one line for what a user can mend, and a traceback where the program is wrong."""
+  if isinstance(error, KeyboardInterrupt):
+    print("lskd: interrupted; the same command continues where this one stopped", file=sys.stderr)
+  elif isinstance(error, (ValueError, OSError)) and is_about_input(error):
+    print(f"lskd: error: {in_one_line(error)}", file=sys.stderr)
+  else:
+    traceback.print_exception(error)
+
+
+def is_about_input(error: BaseException) -> bool:
+  """Whether an error says what a user can mend, rather than where the program is wrong.
+
+  It is if our own code raised it, or the system about a file; a ValueError from inside a library is
+  not, and keeps its traceback.
+  """
+  if isinstance(error, OSError):
+    return error.filename is not None or error.errno in (errno.ENOSPC, errno.EDQUOT)
+  if type(error).__module__.split(".")[0] in OURS:
+    return True
+  trace = error.__traceback__
+  while trace.tb_next is not None:
+    trace = trace.tb_next
+  return trace.tb_frame.f_globals.get("__name__", "").split(".")[0] in OURS
+
+
+def in_one_line(error: BaseException) -> str:
+  """The message without line breaks; for the system's errors, the file and what it refused."""
+  if isinstance(error, OSError):
+    where = f"{error.filename}: " if error.filename else ""
+    full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+    advice = "the disk is full; free some space and run again" if full else error.strerror
+    return f"{where}{advice}"
+  return " ".join(str(error).split())

@@ -1,0 +1,209 @@
+"""Preemption: all processes save at the same step, and end with an exit code that says so.
+
+JAX's own service is not used: its C++ handler knows nothing of start-up and compiles, and any Python
+handler installed later replaces it without a word. Here SIGTERM reaches a thread, whatever the main
+thread does, and the threads of all processes agree through `peers.store()`:
+
+1. who is told to stop writes so;
+2. every process proposes the next step boundary that its loop has not passed;
+3. the largest proposal counts. All save there, wait until it is on disk, and exit with 42.
+
+A loop that comes to its own proposal waits for the others'. That cannot deadlock: they come from
+threads, and every earlier step is dispatched. Where nothing can be saved, all exit with 43.
+"""
+import sys
+import threading
+import time
+
+from lskd_jax import exit_codes, peers, signals
+
+LOOK_EVERY = 0.2  # seconds between looks at what the others say
+AGREE_WITHIN = 15.0  # seconds: a thread that has not proposed by then is gone
+NOWHERE = -1  # the proposal of a process that has nothing to save
+
+
+class Preempted(SystemExit):
+  """The run was told to stop and has saved; the exit code is 42."""
+
+  def __init__(self):
+    super().__init__(exit_codes.PREEMPTED_SAVED)
+
+
+class Agreement:
+  """One event that is to meet all processes at the same boundary; its keys are under `name`."""
+
+  def __init__(self, name: str):
+    self.name = name
+    self.reason = None  # once anyone has asked
+    self.proposal = None  # ours
+    self.boundary = None  # the agreed step, or NOWHERE
+    self.since = None
+
+
+class Preemption:
+  """What a training loop asks at each step boundary, and the thread that knows the answer.
+
+      stop = preemption.install()  # first of all
+      ...
+      stop.connect(workdir, grace=25)  # after jax.distributed
+      ... first step ...
+      stop.ready(step)
+      while True:
+        due = stop.at_boundary(step)  # None, "save" or "stop", the same on all processes
+
+  Args:
+    term: where SIGTERM is noticed; None leaves it to others, as in tests and notebooks.
+    leave: ends the process from a thread; for tests.
+  """
+
+  def __init__(self, term: signals.Term | None = None, leave=peers.leave):
+    self._term, self._leave = term, leave
+    self._store = None
+    self._workdir = "."
+    self._grace = 25.0
+    self._asked = {}  # {kind: reason}, from this process, to be told to the others
+    self._stop, self._save, self._saves = Agreement("stop"), Agreement("save-0"), 0
+    self._position = None  # the next boundary the loop has not passed; None while nothing can be saved
+    self._changed = threading.Condition()
+    self._closed = threading.Event()
+    self._warned = False
+    self._thread = threading.Thread(target=self._watch, daemon=True, name="preemption")
+    if term:
+      self._thread.start()
+
+  # --- called by the main thread ---
+
+  def connect(self, workdir, grace: float, store=None) -> None:
+    """From here on processes agree. workdir: for crash records; grace: seconds from notice to end."""
+    self._workdir, self._grace = workdir, grace
+    self._store = store or peers.store()
+    if not self._thread.is_alive():
+      self._thread.start()
+
+  def ready(self, step: int) -> None:
+    """The state after `step` steps is there and can be saved at the next boundary."""
+    with self._changed:
+      self._position = step
+
+  def at_boundary(self, step: int) -> str | None:
+    """Tells that the loop is between two steps, after `step` of them; what is to be done there.
+
+    Returns:
+      "stop": save, wait until it is on disk, and raise Preempted. "save": save. None: go on.
+    """
+    due = None
+    with self._changed:
+      for kind, agreement in (("save", self._save), ("stop", self._stop)):
+        if agreement.proposal is None:
+          continue
+        self._changed.wait_for(lambda: agreement.boundary is not None)
+        if step == agreement.boundary:
+          due = kind
+        if kind == "save" and step >= agreement.boundary:
+          self._saves += 1
+          self._save = Agreement(f"save-{self._saves}")
+      self._position = step + 1
+    return due
+
+  def ask(self, kind: str, reason: str) -> None:
+    """Asks all processes to "save" or "stop" at the same boundary soon; from any thread."""
+    self._asked.setdefault(kind, reason)
+
+  @property
+  def stopping(self) -> bool:
+    """Whether the run has been told to stop."""
+    return self._stop.reason is not None
+
+  def keep_handler(self) -> None:
+    """Warns once if something has replaced our signal handler, and puts it back."""
+    culprit = self._term and self._term.keep()
+    if culprit and not self._warned:
+      self._warned = True
+      print(f"lskd: warning: {culprit} replaced the handler of SIGTERM; it is ours again. Preemptions "
+            "in between would have been missed", file=sys.stderr)
+
+  def close(self) -> None:
+    """Ends the thread and gives SIGTERM back: the run is over."""
+    self._closed.set()
+    if self._thread.is_alive():
+      self._thread.join(timeout=5)
+    if self._term:
+      self._term.close()
+
+  # --- the watcher's thread ---
+
+  def _watch(self) -> None:
+    while not self._closed.is_set():
+      if self._term is None:
+        self._closed.wait(LOOK_EVERY)
+      elif self._term.wait(LOOK_EVERY):
+        self.ask("stop", "SIGTERM")
+      try:
+        self._look()
+      except Exception as error:  # process 0, which keeps what processes say, cannot be reached
+        if not self._closed.is_set():
+          self._end(f"process 0 cannot be reached ({str(error).splitlines()[0]})")
+        return
+
+  def _look(self) -> None:
+    if self._store is None:
+      if "stop" in self._asked:
+        self._stop.reason = self._asked["stop"]
+        self._end("there is nothing to save yet")
+      return
+    self._agree("stop", self._stop)
+    self._agree("save", self._save)
+    if self.stopping and not self._closed.is_set() and time.monotonic() > self._stop.since + self._grace:
+      self._end(f"no save within train.grace={self._grace:g} seconds")
+
+  def _agree(self, kind: str, agreement: Agreement) -> None:
+    store, name = self._store, agreement.name
+    if agreement.boundary is not None:
+      return
+    if agreement.reason is None:
+      if kind in self._asked:
+        reason = self._asked[kind] if kind == "stop" else self._asked.pop(kind)
+        store.set(f"{name}/asked/{store.index}", reason)
+      asked = store.list(f"{name}/asked")
+      if not asked:
+        return
+      process, reason = min(asked.items())
+      with self._changed:  # the loop does not pass a boundary between the reading and the proposal
+        agreement.proposal = NOWHERE if self._position is None else self._position
+        agreement.since, agreement.reason = time.monotonic(), f"{reason} (process {process})"
+      store.set(f"{name}/proposal/{store.index}", str(agreement.proposal))
+    proposals = {int(i): int(step) for i, step in store.list(f"{name}/proposal").items()}
+    if kind == "stop" and NOWHERE in proposals.values():
+      self._end("there is nothing to save yet")
+    elif len(proposals) == store.count:
+      boundary = NOWHERE if NOWHERE in proposals.values() else max(proposals.values())
+      if kind == "stop" and store.index == 0:
+        print(f"lskd: {agreement.reason}: all processes save at step {boundary} and stop", file=sys.stderr,
+              flush=True)
+      with self._changed:
+        agreement.boundary = boundary
+        self._changed.notify_all()
+    elif time.monotonic() > agreement.since + AGREE_WITHIN:
+      silent = sorted(set(range(store.count)) - set(proposals))
+      self._end(f"process {', '.join(map(str, silent))} says nothing")
+
+  def _end(self, why: str) -> None:
+    """Ends the process: preempted if it was to stop, else because another one is gone."""
+    index = self._store.index if self._store else 0
+    code = exit_codes.PREEMPTED if self.stopping else exit_codes.PEER_LOST
+    before = f"{self._stop.reason}: " if self.stopping else ""
+    print(f"lskd: process {index}: {before}{why}; exit code {code}", file=sys.stderr)
+    if code == exit_codes.PEER_LOST:
+      peers.write_crash(self._workdir, index, {"code": code, "reason": why})
+    self._closed.set()
+    self._leave(code)
+
+
+def install() -> Preemption:
+  """Takes SIGTERM over, for this process's main thread, and asks Google's metadata server.
+
+  Call it as early as possible: what comes before ends the process without an exit code of ours.
+  """
+  preemption = Preemption(signals.Term())
+  signals.watch_metadata(lambda reason: preemption.ask("stop", reason))
+  return preemption

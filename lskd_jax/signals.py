@@ -1,0 +1,116 @@
+"""Notices that a machine is about to go: SIGTERM, and the preempted flag of Google's metadata server."""
+import ctypes
+import os
+import select
+import signal
+import threading
+import time
+
+METADATA = "metadata.google.internal"
+FLAG = "/computeMetadata/v1/instance/preempted"
+
+
+class Term:
+  """SIGTERM, noticed by a thread also while the main thread is in a compile or a blocked collective.
+
+  There Python's handlers do not run, but its C handler writes the signal's number to a pipe at once.
+  Make it in the main thread; a second SIGTERM changes nothing, and other signals are left alone.
+  """
+
+  def __init__(self):
+    self._received = self._closed = False
+    self._before = signal.getsignal(signal.SIGTERM)
+    self._read, self._write = os.pipe()
+    os.set_blocking(self._write, False)
+    self._own()
+
+  def _own(self) -> None:
+    signal.signal(signal.SIGTERM, self._handle)
+    signal.set_wakeup_fd(self._write, warn_on_full_buffer=False)
+    self._address = kernel_handler(signal.SIGTERM)
+
+  def _handle(self, number, frame) -> None:
+    self._received = True  # no lock here: the main thread may hold it
+
+  def wait(self, seconds: float) -> bool:
+    """Whether SIGTERM has come; waits up to `seconds` for it."""
+    if select.select([self._read], [], [], seconds)[0]:
+      self._received |= signal.SIGTERM in os.read(self._read, 4096)
+    return self._received
+
+  def keep(self) -> str | None:
+    """Puts our handler back if it was replaced, and returns who did; None if all is well.
+
+    Python's own table does not know of handlers that C code installs, so the kernel's is compared too.
+    """
+    python, address = signal.getsignal(signal.SIGTERM), kernel_handler(signal.SIGTERM)
+    if python != self._handle:
+      module = getattr(python, "__module__", None)
+      culprit = f"Python code in {module}" if module and callable(python) else f"Python code ({python})"
+    elif address != self._address:
+      culprit = f"a C library ({library_of(address)})"
+    elif signal.set_wakeup_fd(self._write, warn_on_full_buffer=False) != self._write:
+      culprit = "a user of signal.set_wakeup_fd"
+    else:
+      return None
+    self._own()
+    return culprit
+
+  def close(self) -> None:
+    """Restores what was there before."""
+    if not self._closed:
+      self._closed = True
+      signal.signal(signal.SIGTERM, self._before)
+      signal.set_wakeup_fd(-1)
+
+
+def kernel_handler(number: int) -> int:
+  """The address of the function that the system calls for a signal; 0 is the default, 1 ignores it."""
+  action = (ctypes.c_size_t * 64)()  # struct sigaction begins with the address; 64 words hold any
+  if ctypes.CDLL(None).sigaction(number, None, ctypes.byref(action)):
+    raise OSError(f"sigaction({number}) failed")
+  return action[0]
+
+
+def library_of(address: int) -> str:
+  """The file name of the shared library that holds a function, by dladdr."""
+  class Found(ctypes.Structure):
+    _fields_ = [("file", ctypes.c_char_p), ("base", ctypes.c_void_p), ("symbol", ctypes.c_char_p),
+                ("at", ctypes.c_void_p)]
+  found = Found()
+  if address > 1 and ctypes.CDLL(None).dladdr(ctypes.c_void_p(address), ctypes.byref(found)) and found.file:
+    return os.path.basename(os.fsdecode(found.file))
+  return {0: "the default action", 1: "ignored"}.get(address, "unknown")
+
+
+def watch_metadata(notify, every: float = 5.0) -> threading.Thread:
+  """Calls notify(reason) once Google's metadata server says that this machine is preempted.
+
+  A daemon thread asks every `every` seconds, and ends if nothing answers at first: off Google's cloud
+  nobody waits for it. GCE_METADATA_IP or GCE_METADATA_HOST name another host, as for JAX and Google's
+  own libraries.
+  """
+  def ask(opener, timeout):
+    request = urllib.request.Request(f"http://{host}{FLAG}", headers={"Metadata-Flavor": "Google"})
+    with opener.open(request, timeout=timeout) as answer:
+      return answer.read(16).strip() == b"TRUE"
+
+  def watch():
+    opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+    try:
+      preempted = ask(opener, 1.0)
+    except OSError:
+      return
+    while not preempted:
+      time.sleep(every)
+      try:
+        preempted = ask(opener, every)
+      except OSError:
+        pass  # the flag comes seconds before the end: one answer missed is asked for again
+    notify("the metadata server says that this machine is preempted")
+
+  import urllib.request
+  host = os.environ.get("GCE_METADATA_IP") or os.environ.get("GCE_METADATA_HOST") or METADATA
+  thread = threading.Thread(target=watch, daemon=True, name="metadata")
+  thread.start()
+  return thread

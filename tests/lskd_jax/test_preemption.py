@@ -1,0 +1,285 @@
+"""How the processes of a run agree where to stop: threads are processes, a dictionary is the service."""
+import ctypes
+import hashlib
+import http.server
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+
+import pytest
+
+from lskd_jax import preemption, signals
+from lskd_jax.exit_codes import PEER_LOST, PREEMPTED, PREEMPTED_SAVED
+from lskd_jax.peers import LocalStore
+from lskd_jax.preemption import Preemption
+
+LONG = 20  # seconds: far more than anything here takes
+
+
+class Ended:
+  """Stands in for `peers.leave`: keeps the exit code."""
+
+  def __init__(self):
+    self.code, self.event = None, threading.Event()
+
+  def __call__(self, code):
+    self.code = code
+    self.event.set()
+
+
+@pytest.fixture(autouse=True)
+def quick(monkeypatch):
+  monkeypatch.setattr(preemption, "LOOK_EVERY", 0.01)
+
+
+@pytest.fixture
+def processes(tmp_path):
+  """Makes the `Preemption`s of n processes that share a store: [(Preemption, Ended)]."""
+  made = []
+
+  def make(count, grace=LONG):
+    texts = {}
+    for i in range(count):
+      ended = Ended()
+      stop = Preemption(leave=ended)
+      stop.connect(tmp_path, grace, LocalStore(i, count, texts))
+      made.append((stop, ended))
+    return made
+  yield make
+  for stop, _ in made:
+    stop.close()
+
+
+def until(condition):
+  end = time.monotonic() + LONG
+  while not condition():
+    assert time.monotonic() < end, "it never came"
+    time.sleep(0.005)
+
+
+def loop(stop, begin, found, limit=10**6):
+  """A training loop in which each step takes a moment; notes (what, where) it is told."""
+  stop.ready(begin)
+  for step in range(begin, limit):
+    due = stop.at_boundary(step)
+    if due:
+      found.append((due, step))
+    if due == "stop":
+      return
+    time.sleep(0.002)
+
+
+def run_loops(stops, begins, meanwhile):
+  found = [[] for _ in stops]
+  threads = [threading.Thread(target=loop, args=(stop, begin, notes))
+             for (stop, _), begin, notes in zip(stops, begins, found)]
+  for thread in threads:
+    thread.start()
+  meanwhile()
+  for thread in threads:
+    thread.join(LONG)
+    assert not thread.is_alive()
+  return found
+
+
+def test_a_process_alone_stops_at_the_next_boundary(processes):
+  ((stop, _),) = processes(1)
+  stop.ready(7)
+  stop.ask("stop", "SIGTERM")
+  until(lambda: stop.stopping)
+  assert stop.at_boundary(7) == "stop"
+
+
+def test_all_stop_at_the_largest_boundary_that_any_of_them_has_not_passed(processes):
+  """The slowest loop goes on up to where the fastest is already."""
+  (slow, _), (fast, _), (middle, _) = processes(3)
+  for stop, position in ((slow, 4), (fast, 6), (middle, 5)):
+    stop.ready(position)
+  middle.ask("stop", "SIGTERM")
+  until(lambda: slow.stopping and fast.stopping and middle.stopping)
+  assert [slow.at_boundary(step) for step in (4, 5, 6)] == [None, None, "stop"]
+  assert [middle.at_boundary(step) for step in (5, 6)] == [None, "stop"]
+  assert fast.at_boundary(6) == "stop"
+
+
+def test_running_loops_agree_whoever_is_told(processes):
+  stops = processes(3)
+  found = run_loops(stops, [3, 3, 3], lambda: stops[1][0].ask("stop", "SIGTERM"))
+  assert found[0] == found[1] == found[2]
+  assert [due for due, _ in found[0]] == ["stop"]
+
+
+def test_being_told_twice_or_by_two_changes_nothing(processes):
+  stops = processes(2)
+
+  def tell():
+    for stop, _ in stops * 2:
+      stop.ask("stop", "SIGTERM")
+  first, second = run_loops(stops, [1, 1], tell)
+  assert first == second and len(first) == 1
+
+
+def test_saves_asked_for_by_the_clock_meet_all_processes_and_training_goes_on(processes):
+  stops = processes(2)
+
+  def tell():
+    for number in (1, 2):
+      stops[0][0].ask("save", "train.save_minutes")
+      until(lambda: all(stop._saves == number for stop, _ in stops))
+    stops[1][0].ask("stop", "SIGTERM")
+  first, second = run_loops(stops, [1, 1], tell)
+  assert first == second
+  assert [due for due, _ in first] == ["save", "save", "stop"]
+
+
+def test_if_one_process_has_nothing_to_save_all_end_at_once(processes):
+  (compiling, first), (training, second) = processes(2)
+  training.ready(1)
+  training.ask("stop", "SIGTERM")
+  for ended in (first, second):
+    assert ended.event.wait(LONG)
+    assert ended.code == PREEMPTED
+
+
+def test_a_save_that_takes_longer_than_the_grace_is_given_up(processes):
+  ((stop, ended),) = processes(1, grace=0.05)
+  stop.ready(1)
+  stop.ask("stop", "SIGTERM")
+  assert ended.event.wait(LONG)
+  assert ended.code == PREEMPTED
+
+
+@pytest.mark.parametrize("kind,code", [("stop", PREEMPTED), ("save", PEER_LOST)])
+def test_a_process_that_says_nothing_is_not_waited_for(tmp_path, monkeypatch, kind, code):
+  monkeypatch.setattr(preemption, "AGREE_WITHIN", 0.05)
+  ended = Ended()
+  stop = Preemption(leave=ended)
+  stop.connect(tmp_path, LONG, LocalStore(0, 2))
+  stop.ready(1)
+  stop.ask(kind, "a test")
+  assert ended.event.wait(LONG)
+  assert ended.code == code
+
+
+def test_if_process_0_is_gone_the_others_end(tmp_path):
+  class Gone(LocalStore):
+    def list(self, folder):
+      raise RuntimeError("UNAVAILABLE: failed to connect")
+  ended = Ended()
+  stop = Preemption(leave=ended)
+  stop.connect(tmp_path, LONG, Gone(1, 2))
+  assert ended.event.wait(LONG)
+  assert ended.code == PEER_LOST
+  assert "cannot be reached" in (tmp_path / "crash-1.json").read_text()
+
+
+# --- SIGTERM --------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def term():
+  """SIGTERM in our hands; the test's process keeps its own handler."""
+  term = signals.Term()
+  yield term
+  term.close()
+
+
+def test_sigterm_is_noticed_by_a_thread_while_the_main_thread_cannot_run_handlers(term):
+  """As in a compile: the thread reads it from the pipe before any Python handler runs."""
+  found = []
+  watcher = threading.Thread(target=lambda: found.append(term.wait(LONG)))
+  watcher.start()
+  killer = threading.Timer(0.01, os.kill, (os.getpid(), signal.SIGTERM))
+  killer.start()
+  hashlib.pbkdf2_hmac("sha256", b"", b"", 3_000_000)  # a second or two in C
+  assert found == [True]
+  assert term.wait(0)  # and stays true
+
+
+def test_nothing_is_said_while_the_handler_is_ours(term):
+  assert term.keep() is None
+  assert not term.wait(0)
+
+
+def test_a_python_handler_installed_later_is_named_and_replaced(term):
+  signal.signal(signal.SIGTERM, subprocess.list2cmdline)
+  assert term.keep() == "Python code in subprocess"
+  assert term.keep() is None
+  os.kill(os.getpid(), signal.SIGTERM)
+  assert term.wait(LONG)
+
+
+def test_a_handler_installed_by_c_code_is_named_and_replaced(term):
+  """Python's own table does not show it."""
+  libc = ctypes.CDLL("libc.so.6")
+  libc.signal.argtypes = ctypes.c_int, ctypes.c_void_p
+  libc.signal(signal.SIGTERM, ctypes.cast(libc.abs, ctypes.c_void_p))
+  assert term.keep() == "a C library (libc.so.6)"
+  assert term.keep() is None
+
+
+def test_a_replaced_handler_is_warned_about_once(term, capsys):
+  stop = Preemption(term)
+  for _ in range(3):
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    stop.keep_handler()
+  stop.close()
+  assert capsys.readouterr().err.count("replaced the handler of SIGTERM") == 1
+
+
+def test_sigterm_before_training_ends_with_43_also_when_it_comes_twice(tmp_path):
+  """Nothing is there to be saved, and nothing waits."""
+  script = ("import time\nfrom lskd_jax import preemption\npreemption.install()\n"
+            "print('ready', flush=True)\ntime.sleep(60)")
+  child = subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+                           text=True)
+  try:
+    assert child.stdout.readline() == "ready\n"
+    child.send_signal(signal.SIGTERM)
+    child.send_signal(signal.SIGTERM)
+    _, said = child.communicate(timeout=60)
+  finally:
+    child.kill()
+  assert child.returncode == PREEMPTED
+  assert "SIGTERM: there is nothing to save yet" in said
+
+
+def test_the_exit_code_of_a_saved_preemption_is_42():
+  assert preemption.Preempted().code == PREEMPTED_SAVED
+
+
+# --- Google's metadata server ---------------------------------------------------------------------
+
+
+def test_the_preempted_flag_of_the_metadata_server_is_a_notice(monkeypatch):
+  answers = iter(["FALSE", "FALSE", "TRUE"])
+  asked = []
+
+  class Server(http.server.BaseHTTPRequestHandler):
+    def do_GET(self):
+      asked.append((self.path, self.headers["Metadata-Flavor"]))
+      self.send_response(200)
+      self.end_headers()
+      self.wfile.write(next(answers).encode())
+
+    def log_message(self, *unused):
+      pass
+  server = http.server.HTTPServer(("localhost", 0), Server)
+  threading.Thread(target=server.serve_forever, daemon=True).start()
+  monkeypatch.setenv("GCE_METADATA_IP", f"localhost:{server.server_port}")
+  reasons = []
+  signals.watch_metadata(reasons.append, every=0.01).join(LONG)
+  server.shutdown()
+  server.server_close()
+  assert asked == [("/computeMetadata/v1/instance/preempted", "Google")] * 3
+  assert len(reasons) == 1 and "metadata server" in reasons[0]
+
+
+def test_off_googles_cloud_nobody_asks_again(monkeypatch):
+  monkeypatch.setenv("GCE_METADATA_IP", "localhost:9")  # the discard port: nothing listens
+  reasons = []
+  signals.watch_metadata(reasons.append, every=0.01).join(LONG)
+  assert reasons == []
