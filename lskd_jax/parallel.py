@@ -106,6 +106,21 @@ def _arranged(shape: tuple[int, ...], devices: list) -> np.ndarray:
   return mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
 
 
+def on_tpu() -> bool:
+  """Whether the mesh in use is one of TPUs, also where a step is only compiled for them."""
+  device = jax.sharding.get_abstract_mesh().abstract_device
+  return device is not None and device.platform == "tpu"
+
+
+def compiler_options() -> dict:
+  """XLA's options for a step on the mesh in use.
+
+  Fusing one matrix product into another makes libtpu 0.0.42 overflow its stack on a student with dropout and
+  regions. It saves little: what such a fusion keeps on the chip is small.
+  """
+  return {"xla_tpu_dot_dot_fusion": False} if on_tpu() else {}
+
+
 def sharding_of(leaf, mesh: Mesh) -> NamedSharding:
   """The sharding an abstract array carries; scalars carry none and are replicated."""
   spec = leaf.sharding.spec if leaf.sharding is not None else REPLICATED

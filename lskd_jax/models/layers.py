@@ -144,14 +144,15 @@ class Stack(nnx.Module):
     make_block: rngs -> block.
     remat: `none` saves everything for the backward pass; `full` recomputes everything; `dots`
       recomputes all but the matrix products.
+    shared: several passes of a step use the blocks: see `gathered`.
     scan: False unrolls the loop: the same numbers, longer compilation, faster for few blocks.
   """
 
   def __init__(self, make_block: Callable, depth: int, rngs, *, remat: str = "none",
-               scan: bool = True):
+               scan: bool = True, shared: bool = False):
     if remat != "none" and remat not in REMAT_POLICIES:
       raise ValueError(f"remat {remat!r} is unknown: choose none, dots or full")
-    self.depth, self.remat, self.scan = depth, remat, scan
+    self.depth, self.remat, self.scan, self.shared = depth, remat, scan, shared
     self.blocks = jax.vmap(make_block)(rngs.split(depth))
 
   def __call__(self, apply: Callable, carry, inputs=None, parts=None):
@@ -189,6 +190,33 @@ class Stack(nnx.Module):
   def map(self, apply: Callable, *shared):
     """`apply(block, *shared)` for every block, outputs stacked on axis 0."""
     return self(lambda block, carry, _: (carry, apply(block, *shared)), ())[1]
+
+
+def gathered(model: nnx.Module) -> nnx.Module:
+  """The model with the kernels that several passes use made whole on every device, in the compute dtype.
+
+  So each is gathered once in a step, and its gradient, which the passes add up on each device, is reduced
+  once over the rows' axes, instead of once in every pass. Costs their memory, and nothing on a mesh that
+  does not split rows. Call it where gradients are taken, on a model that was just merged.
+  """
+  for _, stack in nnx.iter_graph(model):
+    if isinstance(stack, Stack) and stack.shared:
+      for _, dense in nnx.iter_graph(stack):
+        if isinstance(dense, Dense):
+          dense.kernel.set_value(whole(dense.kernel[...], dense.dtype))
+  return model
+
+
+def whole(kernel: jax.Array, dtype) -> jax.Array:
+  """A kernel gathered over the rows' axes, for matrix products; its gradient is reduced where it was split.
+
+  Only matrix products take such an array (`reduced` in its spec): nothing can be added to it.
+  """
+  sharding = jax.typeof(kernel).sharding
+  if all(sharding.mesh.shape[axis] == 1 for axis in BATCH):
+    return kernel
+  spec = jax.P(*_without_fsdp(sharding.spec), reduced=set(BATCH))
+  return jax.sharding.reshard(kernel.astype(dtype), spec)
 
 
 def fold_in(key, *numbers: int):

@@ -45,6 +45,16 @@ class QFormerConfig:
   scan: bool = True
 
 
+class ImageTokens(NamedTuple):
+  """A batch of images whose keys and values each block makes when it gets there: for a single pass.
+
+  features: [B, N, C]; region_tokens: [B, M, C] or None; region_valid: bool[B, M] or None.
+  """
+  features: jax.Array
+  region_tokens: Any = None
+  region_valid: Any = None
+
+
 class ImageMemory(NamedTuple):
   """The cross-attention keys and values of a batch of images, one leading entry per block pair.
 
@@ -98,9 +108,11 @@ class CrossAttention(nnx.Module):
     self.norm = layers.layer_norm(config.width, config.eps, rngs)
     self.gate = layers.constant(0.0, (config.heads,))  # gamma of site Q
 
-  def memory(self, features):
-    """[B, N, C] -> keys, values [B, N, h, k]."""
-    return self.key(features, ACT_BTHK), self.value(features, ACT_BTHK)
+  def memory(self, images: ImageTokens) -> ImageMemory:
+    """This block's entry of ImageMemory."""
+    keys_values = lambda x: (self.key(x, ACT_BTHK), self.value(x, ACT_BTHK))
+    regions = (None, None) if images.region_tokens is None else keys_values(images.region_tokens)
+    return ImageMemory(*keys_values(images.features), *regions, images.region_valid)
 
   def __call__(self, x, memory: ImageMemory, key, rate):
     """x: [B, S, Q, D]; memory: one block's entry -> [B, S, Q, D]."""
@@ -216,7 +228,7 @@ class QFormer(nnx.Module):
     self.norm = layers.layer_norm(config.width, config.eps, rngs)
     self.stack = layers.Stack(lambda rngs: Group(config, vision, rngs, dtype),
                               config.depth // config.cross_every, rngs,
-                              remat=config.remat, scan=config.scan)
+                              remat=config.remat, scan=config.scan, shared=True)
 
   def embed_text(self, tokens: jax.Array, mention=None, places=None) -> jax.Array:
     """Word + position (+ mention vector, site T): int32[B, S, T], [B, S, T, D] -> [B, S, T, D].
@@ -236,24 +248,26 @@ class QFormer(nnx.Module):
     return x.astype(self.dtype)
 
   def remember(self, features, region_tokens=None, region_valid=None) -> ImageMemory:
-    """Keys and values of image tokens [B, N, C] and RoI tokens [B, M, C] (valid: bool[B, M])."""
-    keys, values = self.stack.map(lambda group: group.blocks[0].cross.memory(features))
-    if region_tokens is None:
-      return ImageMemory(keys, values)
-    region = self.stack.map(lambda group: group.blocks[0].cross.memory(region_tokens))
-    return ImageMemory(keys, values, *region, region_valid)
+    """The keys and values of all blocks, for several passes over the same images: as ImageTokens."""
+    images = ImageTokens(features, region_tokens, region_valid)
+    made = self.stack.map(lambda group: group.blocks[0].cross.memory(images)._replace(region_valid=None))
+    return made._replace(region_valid=region_valid)
 
-  def _run(self, queries, text, mask, caches, memory, key):
+  def _run(self, queries, text, mask, caches, memory: ImageMemory | ImageTokens | None, key):
     keys = None if key is None else jax.random.split(key, self.stack.depth)
+    tokens = memory if isinstance(memory, ImageTokens) else None
     valid = None if memory is None else memory.region_valid
-    memory = None if memory is None else memory._replace(region_valid=None)
+    entries = memory._replace(region_valid=None) if isinstance(memory, ImageMemory) else None
 
     def apply(group, carry, inputs):
-      caches, memory, key = inputs
-      memory = None if memory is None else memory._replace(region_valid=valid)
-      queries, text, own = group(*carry, mask, caches, memory, key)
+      caches, entry, key = inputs
+      if tokens is not None:
+        entry = group.blocks[0].cross.memory(tokens)
+      elif entry is not None:
+        entry = entry._replace(region_valid=valid)
+      queries, text, own = group(*carry, mask, caches, entry, key)
       return (queries, text), own
-    (queries, text), own = self.stack(apply, (queries, text), (caches, memory, keys))
+    (queries, text), own = self.stack(apply, (queries, text), (caches, entries, keys))
     return queries, text, own
 
   def query_pass(self, memory: ImageMemory, key=None):
@@ -267,7 +281,7 @@ class QFormer(nnx.Module):
     mask = real[:, :, None, None, :]
     return self._run(None, self.embed_text(tokens, mention), mask, None, None, key)[1]
 
-  def fused_pass(self, memory: ImageMemory, tokens, mention, real, key=None):
+  def fused_pass(self, memory: ImageMemory | ImageTokens, tokens, mention, real, key=None):
     """Queries and text together -> query states [B, S, Q, D]."""
     batch, texts = tokens.shape[:2]
     seen = jnp.ones((batch, texts, self.config.queries), bool, out_sharding=ACT_B)

@@ -9,7 +9,8 @@
 
 Z_p, Z_q, Z_id and gamma start at zero, so a pretrained student computes bit for bit the same until
 region parameters are trained. Passes that see the image stay the same whenever it has no region.
-Boxes are xyxy in [0, 1] of the model-input frame. Region arithmetic is float32.
+Boxes are xyxy in [0, 1] of the model-input frame. Coordinates, weights' sums and vectors of
+regions are float32; image features keep the dtype they come in.
 """
 import math
 
@@ -41,14 +42,14 @@ def coverage(boxes: jax.Array, grid: tuple[int, int]) -> jax.Array:
 
 
 def roi_align(features: jax.Array, boxes: jax.Array, bins: int = ROI) -> jax.Array:
-  """RoIAlign as two small matrix products (He et al. 2017; torchvision with aligned=True).
+  """RoIAlign as one matrix product (He et al. 2017; torchvision with aligned=True).
 
   Args:
-    features: float32[B, H, W, C].
+    features: [B, H, W, C].
     boxes: float32[B, R, 4].
 
   Returns:
-    float32[B, R, bins, bins, C]: y first.
+    [B, R, bins, bins, C] as the features' dtype: y first.
   """
   def hat_weights(low, high, size):  # [B, R] -> [B, R, bins, size]
     t = (jnp.arange(bins * ROI_SAMPLES) + 0.5) / (bins * ROI_SAMPLES)
@@ -56,11 +57,22 @@ def roi_align(features: jax.Array, boxes: jax.Array, bins: int = ROI) -> jax.Arr
     at = jnp.clip(at, 0, size - 1)
     hats = jax.nn.relu(1 - jnp.abs(at[..., None] - jnp.arange(size)))
     return layers.reshape(hats, *low.shape, bins, ROI_SAMPLES, size).mean(-2)
-  height, width = features.shape[1:3]
+  batch, height, width, channels = features.shape
   weights_y = hat_weights(boxes[..., 1], boxes[..., 3], height)
   weights_x = hat_weights(boxes[..., 0], boxes[..., 2], width)
-  rows = jnp.einsum("brsh,bhwc->brswc", weights_y, features)
-  return jnp.einsum("brtw,brswc->brstc", weights_x, rows)
+  weights = weights_y[:, :, :, None, :, None] * weights_x[:, :, None, :, None, :]
+  weights = layers.reshape(weights, batch, boxes.shape[1] * bins**2, height * width)
+  seen = _mix(weights, layers.reshape(features, batch, height * width, channels))
+  return layers.reshape(seen, batch, boxes.shape[1], bins, bins, channels).astype(features.dtype)
+
+
+def _mix(weights: jax.Array, rows: jax.Array) -> jax.Array:
+  """Sums of rows, [B, M, N] x [B, N, C] -> float32[B, M, C].
+
+  A plain batched product in the rows' dtype: XLA for TPUs turns a product over two axes into a convolution,
+  and nests of those have overflowed the compiler's stack.
+  """
+  return jnp.einsum("bmn,bnc->bmc", weights.astype(rows.dtype), rows).astype(jnp.float32)
 
 
 def encode_boxes(boxes: jax.Array) -> jax.Array:
@@ -131,27 +143,25 @@ class RegionEncoder(nnx.Module):
     Returns:
       painted features as they came, RoI tokens [B, R * 9, C], mention vectors [B, R, D or E].
     """
-    patches = features[:, 1:].astype(jnp.float32)
-    shape = (patches.shape[0], *self.grid, patches.shape[2])
-    cover = coverage(boxes, self.grid) * valid[..., None, None]
+    boxes, valid = jax.lax.optimization_barrier((boxes, valid))
+    patches = features[:, 1:]
+    batch, count, vision = patches.shape
+    cover = layers.reshape(coverage(boxes, self.grid), *valid.shape, count) * valid[..., None]
     # Pooled before painting, so that what a mention sees does not depend on other regions.
-    pooled = jnp.einsum("brhw,bhwc->brc", cover, layers.reshape(patches, *shape))
-    pooled /= cover.sum((-1, -2))[..., None] + 1e-6
+    pooled = _mix(cover, patches) / (cover.sum(-1, keepdims=True) + 1e-6)
     geometry = self.geometry_out(jax.nn.gelu(self.geometry_in(encode_boxes(boxes))))
     mention = layers.rms_norm(geometry + self.content(pooled))
     mention = (mention @ self.mention_gate[...]) * valid[..., None] if "T" in self.sites else None
+    painted = features
     if "P" in self.sites:
       paint = (geometry + self.slot[...]) @ self.paint_gate[...]
-      paint = jnp.einsum("brhw,brc->bhwc", cover, paint * valid[..., None])
-      painted = features + jnp.pad(layers.reshape(paint, *patches.shape), ((0, 0), (1, 0), (0, 0)))
-    else:
-      painted = features
+      paint = _mix(cover.swapaxes(1, 2), (paint * valid[..., None]).astype(features.dtype))
+      painted += jnp.pad(paint, ((0, 0), (1, 0), (0, 0))).astype(features.dtype)
     tokens = None
     if "Q" in self.sites:
-      grid_of_tokens = layers.reshape(painted[:, 1:].astype(jnp.float32), *shape)
-      tokens = roi_align(grid_of_tokens, boxes)
-      tokens = layers.reshape(tokens, shape[0], boxes.shape[1] * ROI**2, shape[-1])
-    return painted.astype(features.dtype), tokens, mention
+      tokens = roi_align(layers.reshape(painted[:, 1:], batch, *self.grid, vision), boxes)
+      tokens = layers.reshape(tokens, batch, boxes.shape[1] * ROI**2, vision)
+    return painted, tokens, mention
 
   def identities(self) -> jax.Array:
     """What a mention of slot k carries in the text-only pass: [R, D]. Takes no image, no boxes."""

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from lskd_jax.models import layers
 from lskd_jax.models.decoders.attention import Cache
 from lskd_jax.models.generate import Decoding, Generated, Prompted, generate_after, prompted
-from lskd_jax.models.qformer import ImageMemory, QFormer, QFormerConfig
+from lskd_jax.models.qformer import ImageMemory, ImageTokens, QFormer, QFormerConfig
 from lskd_jax.models.regions import ROI, RegionEncoder, at_mentions, coverage, mention_slots
 from lskd_jax.models.vit import Vit, VitConfig
 from lskd_jax.parallel import ACT_B
@@ -51,22 +51,25 @@ class Table(nnx.Variable):
 class Sight(NamedTuple):
   """What the passes need of a batch of images: computed once, shared by all texts.
 
-  memory: cross-attention keys and values; mention: float32[B, R, D] (site T) or None;
-  valid: bool[B, R] regions that exist.
+  memory: cross-attention keys and values, or for a single pass what to make them of; mention:
+  float32[B, R, D] (site T) or None; valid: bool[B, R] regions that exist.
   """
-  memory: ImageMemory
+  memory: ImageMemory | ImageTokens
   mention: Any
   valid: jax.Array
 
 
-def look(student: nnx.Module, features: jax.Array, boxes: jax.Array, valid: jax.Array) -> Sight:
+def look(student: nnx.Module, features: jax.Array, boxes: jax.Array, valid: jax.Array,
+         once: bool = False) -> Sight:
   """Image and regions through a student's `ln_vision`, `regions` and `qformer`: see Student.see."""
-  features = student.ln_vision(features)
-  if not student.config.uses_region_tokens:
-    return Sight(student.qformer.remember(features), None, jnp.zeros_like(valid))
-  features, tokens, mention = student.regions(features, boxes, valid)
-  token_valid = None if tokens is None else jnp.repeat(valid, ROI * ROI, axis=1)
-  return Sight(student.qformer.remember(features, tokens, token_valid), mention, valid)
+  features = student.ln_vision(features).astype(student.qformer.dtype)
+  if student.config.uses_region_tokens:
+    features, tokens, mention = student.regions(features, boxes, valid)
+    token_valid = None if tokens is None else jnp.repeat(valid, ROI * ROI, axis=1)
+    images = ImageTokens(features, tokens, token_valid)
+  else:
+    images, mention, valid = ImageTokens(features), None, jnp.zeros_like(valid)
+  return Sight(images if once else student.qformer.remember(*images), mention, valid)
 
 
 class LanguageHead(nnx.Module):
@@ -80,9 +83,15 @@ class LanguageHead(nnx.Module):
 
   def __call__(self, x: jax.Array, words: jax.Array) -> jax.Array:
     """[B, S, T, D], [V, D] -> float32[B, S, T, V]."""
-    x = self.norm(layers.gelu(self.dense(x)))
-    logits = jnp.einsum("bstd,vd->bstv", x.astype(self.dense.dtype),
-                        words.astype(self.dense.dtype), out_sharding=ACT_B,
+    return self.logits(self.transform(x), words)
+
+  def transform(self, x: jax.Array) -> jax.Array:
+    """All but the last product: [B, S, T, D] -> [B, S, T, D] in the compute dtype."""
+    return self.norm(layers.gelu(self.dense(x))).astype(self.dense.dtype)
+
+  def logits(self, x: jax.Array, words: jax.Array) -> jax.Array:
+    """The last product: [B, S, T, D], [V, D] -> float32[B, S, T, V]."""
+    logits = jnp.einsum("bstd,vd->bstv", x, words.astype(x.dtype), out_sharding=ACT_B,
                         preferred_element_type=jnp.float32)
     return logits + self.bias[...]
 
@@ -116,15 +125,17 @@ class Student(nnx.Module):
     return mention_slots(tokens, self.opens_bracket[...], self.digit[...],
                          self.config.max_regions, before)
 
-  def see(self, features: jax.Array, boxes: jax.Array, valid: jax.Array) -> Sight:
+  def see(self, features: jax.Array, boxes: jax.Array, valid: jax.Array, once: bool = False) -> Sight:
     """Image and regions -> what all passes share.
 
     Args:
       features: [B, N, C], what the ViT returned.
       boxes: float32[B, R, 4] xyxy in [0, 1]; valid: bool[B, R]; both ignored in the region modes
         `overlay` and `none`.
+      once: for a single pass, which then makes the keys and values block by block, and with
+        `qformer.remat="full"` never holds those of two blocks.
     """
-    return look(self, features, boxes, valid)
+    return look(self, features, boxes, valid, once)
 
   def read_image(self, sight: Sight, key=None):
     """The query pass -> query states [B, Q, D], and the cache of the causal pass."""
@@ -160,10 +171,13 @@ class Student(nnx.Module):
 
     The first token, [CLS], is replaced by `config.decoder_start`.
     """
+    return self.language_head(self.write_states(sight, cache, tokens, key), self.qformer.words[...])
+
+  def write_states(self, sight: Sight, cache, tokens: jax.Array, key=None) -> jax.Array:
+    """What `predict_words` predicts words from: [B, S, T, D]."""
     start = jnp.full_like(tokens[:, :, :1], self.config.decoder_start)
     started = jnp.concatenate([start, tokens[:, :, 1:]], -1)
-    states = self.qformer.causal_pass(cache, started, self._mention(sight, tokens), key)
-    return self.language_head(states, self.qformer.words[...])
+    return self.qformer.causal_pass(cache, started, self._mention(sight, tokens), key)
 
   def read(self, sight: Sight, cache, prompt: jax.Array, real: jax.Array) -> Prompted:
     """One prompt for each image, for `generate`.

@@ -10,7 +10,8 @@ from flax import nnx
 import jax
 import jax.numpy as jnp
 
-from lskd_jax.models import layers
+from lskd_jax import parallel
+from lskd_jax.models import fused_attention, layers
 from lskd_jax.parallel import ACT_B, ACT_BST3HK, REPLICATED, W_D3HK, W_HKD
 
 # CLIP's pixel statistics, used by BLIP-2 (LAVIS `BlipImageBaseProcessor`).
@@ -30,10 +31,13 @@ class VitConfig:
   activation: str = "gelu"   # of the MLP: gelu | quick_gelu
   input_norm: bool = False   # a norm before the first block
   patch_bias: bool = True
+  attention: str = "auto"    # fused (in one kernel, TPUs only) | plain | auto: fused on TPUs
   remat: str = "none"
   scan: bool = True
 
   def __post_init__(self):
+    if self.attention not in ("auto", "fused", "plain"):
+      raise ValueError(f"attention {self.attention!r} is unknown: choose auto, fused or plain")
     size = self.image_size
     pair = tuple(size) if isinstance(size, list | tuple) else (size, size)  # JSON has lists only
     if len(pair) != 2 or any(type(side) is not int or side < self.patch for side in pair):
@@ -73,12 +77,15 @@ class Block(nnx.Module):
     self.out = layers.Dense((config.heads, head), (config.width,), W_HKD, rngs, dtype=dtype)
     self.norm2 = layers.layer_norm(config.width, config.eps, rngs)
     self.mlp = layers.Mlp(config.width, config.hidden, rngs, dtype, config.activation)
+    self.attention = config.attention
 
   def __call__(self, x: jax.Array) -> jax.Array:
     """[B, 1, N, C] -> [B, 1, N, C]."""
     qkv = self.qkv(self.norm1(x), ACT_BST3HK)
     q, k, v = (qkv[..., i, :, :] for i in range(3))
-    x = x + self.out(layers.attend(q, k, v))
+    fused = self.attention == "fused" or self.attention == "auto" and parallel.on_tpu()
+    attend = fused_attention.attend if fused else layers.attend
+    x = x + self.out(attend(q, k, v))
     return x + self.mlp(self.norm2(x))
 
 

@@ -300,7 +300,7 @@ def test_a_question_or_a_caption_is_asked_for(words, capsys):
 def test_training_finds_the_pictures_of_a_stage_folder(road, monkeypatch, tmp_path):
   configs = []
 
-  def train(config, workdir, announce, stop, began):
+  def train(config, workdir, began, **unused):
     configs.append(config)
     goodput.Log(workdir, began).close()
     return Run(tmp_path / "model", 1, False)

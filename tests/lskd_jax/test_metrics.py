@@ -191,7 +191,7 @@ def test_the_gradient_of_a_product_is_two_products_and_remat_adds_the_recomputed
   def loss(x, w):
     return jnp.tanh(x @ w).sum()
   one = 2 * 4 * 8 * 8
-  plain, remat = (jax.grad(f, argnums=(0, 1)) for f in (loss, jax.checkpoint(loss)))
+  plain, remat = (jax.value_and_grad(f, argnums=(0, 1)) for f in (loss, jax.checkpoint(loss)))
   assert step_flops(traced(plain, (4, 8), (8, 8))) == 3 * one
   assert step_flops(traced(remat, (4, 8), (8, 8))) == 4 * one
 
