@@ -23,7 +23,7 @@ ORDER = [
     ["lskd_jax.parallel"],
     ["lskd_jax.models.layers"],
     ["lskd_jax.models.vit", "lskd_jax.models.qformer", "lskd_jax.models.regions",
-     "lskd_jax.models.decoders"],  # the towers
+     "lskd_jax.models.decoders", "lskd_jax.models.fused_attention"],  # the towers
     ["lskd_jax.models"],  # student, critic, generate: what is made of towers
     ["lskd_jax.rows", "lskd_jax.contrast", "lskd_jax.negatives", "lskd_jax.losses"],
     ["lskd_jax.step"],

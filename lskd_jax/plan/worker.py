@@ -19,7 +19,7 @@ def main(text: str) -> None:
     say(facts=measure.measure(config, topology.parse(request["topology"]), request["low_effort"],
                               lambda stage: say(stage=stage)))
   except ValueError as error:
-    from lskd_jax.cli import in_one_line, is_about_input
+    from lskd_jax.errors import in_one_line, is_about_input
     if not is_about_input(error):
       raise
     say(error=in_one_line(error))
