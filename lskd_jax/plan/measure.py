@@ -92,6 +92,7 @@ def shard_bytes(leaf) -> int:
 def model_flops(config) -> float:
   """FLOPs that a step needs, on all devices together, nothing recomputed and nothing padded."""
   plain = config.copy_and_resolve_references()
+  plain.model.vit.attention = "plain"
   for tower in TOWERS:
     plain.model[tower].remat = "none"
   return metrics.step_flops(abstract_step(plain, one_device_mesh()).trace())
