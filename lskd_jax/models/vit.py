@@ -93,7 +93,8 @@ class Block(nnx.Module):
   def _fused(self, x: jax.Array) -> jax.Array:
     """The same in one kernel, for which tokens are padded before they become heads: once, not three times."""
     tokens = x.shape[2]
-    x = jnp.pad(x[:, 0], ((0, 0), (0, fused_attention.padded(tokens) - tokens), (0, 0))).astype(self.qkv.dtype)
+    spare = fused_attention.padded(tokens) - tokens
+    x = jnp.pad(x[:, 0], ((0, 0), (0, spare), (0, 0))).astype(self.qkv.dtype)
     heads = jnp.einsum("btc,cihk->ibhtk", x, layers.whole(self.qkv.kernel[...], x.dtype),
                        out_sharding=jax.P(None, *fused_attention.LAYOUT))
     heads += self.qkv.bias[...].astype(x.dtype)[:, None, :, None]
