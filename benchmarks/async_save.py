@@ -2,10 +2,10 @@
 
     python benchmarks/async_save.py --gigabytes 1 --rounds 7
 
-Saves a state of random float32 values with `Checkpointer`, in turn in the background and waited for, each
-to a new step of the same run, and prints one JSON line: the medians of both in seconds, and of their ratio
-per round. The goal is a ratio below 0.1. Before a save in the background is timed, the save before it is
-finished; fingerprints are part of what holds up the loop.
+Saves a state of random float32 values with `Checkpointer`, in turn in the background and waited for,
+each to a new step of the same run, and prints one JSON line: the medians of both in seconds, and of their
+ratio per round. The goal is a ratio below 0.1. A save is timed when the one before it is finished;
+fingerprints are part of what holds up the loop.
 """
 import argparse
 import json

@@ -22,7 +22,7 @@ from lskd_jax import losses, optim, step
 from lskd_jax.models.student import PAD
 
 LOSS = {"itc": 1.0, "itm": 1.0, "lm": 1.0, "region_swap": 0.0, "question": 1.0, "end": 0.0,
-        "smoothing": 0.1, "detach_gathered": False}
+        "smoothing": 0.1, "detach_gathered": False, "itc_block": 0, "pool": 0}
 ADAM = SimpleNamespace(learning_rate=1e-4, warmup_steps=0, steps=1000, final_share=1.0, clip_norm=1.0,
                        b1=0.9, b2=0.999, eps=1e-8, weight_decay=0.05)
 
@@ -47,8 +47,7 @@ def compare(args, statements: int) -> dict:
   model = peers.make_peer(config)
   graph, params, frozen = step.split(nnx.merge(*peers.make_student(config, model)), ("vit", "regions"))
   optimizer = optim.optimizer(ADAM)
-  objective = lambda student, batch, key: losses.student_loss(student, batch, LOSS, key)
-  train_step = step.make_train_step(graph, optimizer, objective,
+  train_step = step.make_train_step(graph, optimizer, losses.student_objective(LOSS),
                                     {name: LOSS[name] for name in ("itc", "itm", "lm")})
   state = jax.jit(lambda params: step.init_state(params, optimizer))(params)
   key = jax.random.key(0)

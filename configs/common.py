@@ -63,7 +63,9 @@ def get_config() -> ConfigDict:
                                  # 0 for a generative student that is asked questions
       end=1.0,                   # weight of the token that ends a text, in LM (LAVIS: as any other)
       smoothing=0.1,             # label smoothing of ITC and LM (LAVIS)
-      detach_gathered=False))    # True: ITC's gradient reaches one side of each direction, as in LAVIS
+      detach_gathered=False,     # True: ITC's gradient reaches one side of each direction, as in LAVIS
+      itc_block=0,               # images whose statements ITC compares at a time; 0 = the whole batch at once
+      pool=0))                   # images among which ITM's negatives are drawn; 0 = the whole batch
 
   config.optim = ConfigDict(dict(
       learning_rate=1e-5, warmup_steps=1000, steps=10_000, final_share=0.1,  # LSKD
@@ -75,7 +77,7 @@ def get_config() -> ConfigDict:
           data=1,                # copies of the parameters; rows of the batch
           fsdp=-1,               # pieces of each parameter; rows of the batch. -1 = the remaining devices
           tensor=1)),            # pieces of heads and hidden widths
-      microbatches=1,            # gradient accumulation over statements; LM only
+      microbatches=1,            # parts of a batch's images whose gradients are added up, negatives included
       frozen=("vit",),           # parts without gradients and optimizer state
       frozen_dtype="",           # how their kernels are stored: "" = float32, or model.dtype
       save_every=1000, keep=3,   # steps between checkpoints, and how many of the newest stay

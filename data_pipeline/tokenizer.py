@@ -73,6 +73,18 @@ def train_tokenizer(
   return tokenizer
 
 
+def stand_in(size: int) -> Tokenizer:
+  """A WordPiece tokenizer of `size` words, most of them made up: for what depends on their number alone.
+
+  DataError where `size` has no room for the words that every vocabulary has.
+  """
+  first = [*SPECIAL_TOKENS, *_ALWAYS]
+  if size < len(first):
+    raise DataError(f"a vocabulary of {size} has no room for the {len(first)} words that all have; raise it")
+  words = [*first, *(f"word{number}" for number in range(len(first), size))]
+  return _finish(_wordpiece({word: index for index, word in enumerate(words)}, lowercase=True))
+
+
 def save_tokenizer(tokenizer: Tokenizer, out_dir: str | Path) -> None:
   """Writes `tokenizer.json` and the `tokenizer_config.json` that transformers asks for."""
   out_dir = Path(out_dir)

@@ -9,7 +9,7 @@ import sys
 
 import lskd_jax
 from lskd_jax import errors
-from lskd_jax.commands import corpus, models, training
+from lskd_jax.commands import corpus, models, planning, training
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -42,11 +42,12 @@ def read_arguments(argv: list[str]) -> argparse.Namespace:
   models.add_demo(verbs)
   corpus.add_verbs(verbs)
   training.add_verbs(verbs)
+  planning.add_verbs(verbs)
   models.add_verbs(verbs)
   args, rest = parser.parse_known_args(argv)
   args.overrides = []
   for argument in rest:
-    if not (argument.startswith("--config.") and args.run is training.train):
+    if not (argument.startswith("--config.") and args.run in (training.train, planning.plan)):
       args.parser.error(f"unrecognized argument: {argument}")
     args.overrides.append(argument.removeprefix("--config."))
   return args

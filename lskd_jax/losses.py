@@ -4,16 +4,19 @@ ITC, ITM and LM are BLIP-2's stage-1 losses (Li et al. 2023; LAVIS `blip2_qforme
 several statements per image: statements of one image are never each other's negatives, and in the
 image-to-text direction they are all positives. Axes as in models/student.py.
 """
+from collections.abc import Callable
+import functools
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import reshard
 
+from lskd_jax.contrast import statement_losses
 from lskd_jax.models import layers
 from lskd_jax.models.generative import GenerativeStudent
 from lskd_jax.models.student import Sight, Student
-from lskd_jax.parallel import ACT_B, REPLICATED
+from lskd_jax.negatives import Negatives, draw_negatives, swapped_regions
+from lskd_jax.rows import fetch
 
 QUESTION, ANSWER, RATIONALE, CAPTION = 1, 2, 3, 4  # values of the batch's `fields`
 
@@ -101,42 +104,12 @@ def answers_right(right: jax.Array, fields: jax.Array, valid: jax.Array) -> Weig
   return Weighted((right & asked).sum(), asked.sum())
 
 
-def similarity(image: jax.Array, text: jax.Array) -> jax.Array:
-  """max over queries of the cosine: float32[B, Q, E], [C, S, E] -> float32[B, C, S]."""
-  return jnp.einsum("bqe,cse->bqcs", image, reshard(text, REPLICATED)).max(1)
-
-
-def itc_loss(image_to_text: jax.Array, text_to_image: jax.Array, image_id: jax.Array, valid: jax.Array,
-             temperature, smoothing: float) -> Weighted:
-  """Image-text contrast over the global batch, both directions averaged.
-
-  Args:
-    image_to_text, text_to_image: float32[B, B, S], `similarity` of image b with statement s of image
-      c, for each direction: equal numbers, which may differ in where their gradients go.
-    image_id: int32[B]; rows of one image are not each other's negatives.
-    valid: bool[B, S] statements that exist.
-
-  With one statement per image and distinct images this is LAVIS's loss: cross-entropy against
-  (1 - smoothing) one-hot + smoothing / N.
-  """
-  ids = reshard(image_id, REPLICATED)
-  other = (image_id[:, None] != ids[None])[..., None] & reshard(valid, REPLICATED)[None]
-  own = jnp.arange(len(image_id))[:, None] == jnp.arange(len(image_id))[None]
-
-  def cross_entropy(scores, axes, per_statement):
-    """Of the positives, float32[B, S], among the other entries along `axes`."""
-    logits = scores / temperature
-    positive = jnp.where(own[..., None], logits, 0).sum(1)  # image b with its own statements
-    negatives = jax.nn.logsumexp(jnp.where(other, logits, -1e9), axis=axes)
-    counts = 1 + per_statement(other.sum(axes))
-    smooth = (positive + per_statement(jnp.where(other, logits, 0).sum(axes))) / counts
-    total = jnp.logaddexp(positive, per_statement(negatives))
-    return total - (1 - smoothing) * positive - smoothing * smooth
-
-  # The statement against all statements of other images; the image against all other images.
-  loss = cross_entropy(image_to_text, (1, 2), lambda rows: rows[:, None])
-  loss += cross_entropy(text_to_image, 0, lambda columns: reshard(columns, ACT_B))
-  return Weighted((loss / 2 * valid).sum(), valid.sum())
+def itc_loss(image: jax.Array, text: jax.Array, batch: dict, temperature, weights: dict) -> Weighted:
+  """Image-text contrast over the global batch: `contrast.statement_losses` of the statements that exist."""
+  valid = batch["statement_valid"]
+  loss = statement_losses(image, text, batch["image_id"], valid, temperature, weights["smoothing"],
+                          weights["detach_gathered"], weights["itc_block"])
+  return Weighted((loss * valid).sum(), valid.sum())
 
 
 def itm_loss(logits: jax.Array, label: int, weights: jax.Array) -> tuple[Weighted, Weighted]:
@@ -146,112 +119,44 @@ def itm_loss(logits: jax.Array, label: int, weights: jax.Array) -> tuple[Weighte
   return Weighted((loss * weights).sum(), weights.sum()), Weighted(right.sum(), weights.sum())
 
 
-def draw(scores: jax.Array, allowed: jax.Array, key) -> tuple[jax.Array, jax.Array]:
-  """One index of the last axis, with probability softmax(scores) over the allowed ones.
+class Objective(NamedTuple):
+  """What a step learns, in four stages, so that a batch can be divided though its rows need each other.
 
-  Returns the indices and whether anything was allowed. Hard negatives are drawn with it: all rows
-  at once, inside jit.
+  look(model, rows) -> rows, with what the ViT makes of their images: `features` [B, N, C].
+  read(model, rows, key) -> embeddings, context: a pytree of [B, ...], all that rows learn of each other, and
+    anything that `within` needs of the same rows.
+  across(model, embeddings, batch, key) -> losses, rows: what needs the whole batch, and more entries of the
+    batch, such as negatives, that come of it.
+  within(model, rows, context, key) -> losses, metrics: what each row learns by itself.
+
+  Losses and metrics are {name: Weighted}.
   """
-  choice = jax.random.categorical(key, jnp.where(allowed, scores, -1e9), axis=-1)
-  return choice, allowed.any(-1)
+  look: Callable
+  read: Callable
+  across: Callable
+  within: Callable
+
+  def __call__(self, model, batch: dict, key) -> tuple[dict, dict]:
+    """The losses and metrics of a batch that is not divided."""
+    batch = self.look(model, batch)
+    embeddings, context = self.read(model, batch, key)
+    losses, rows = self.across(model, embeddings, batch, key)
+    more, metrics = self.within(model, batch | rows, context, key)
+    return losses | more, metrics
 
 
-def swapped_regions(boxes: jax.Array, valid: jax.Array, key) -> tuple[jax.Array, jax.Array]:
-  """The boxes of each image handed to other slots: the negatives that only pointing can tell.
-
-  A random cyclic shift in a random order of the valid slots, so that no valid slot keeps its box.
-
-  Returns:
-    boxes float32[B, R, 4], and bool[B]: whether the image has two regions to swap.
-  """
-  batch, slots = valid.shape
-  noise = jax.random.uniform(key, (batch, slots), out_sharding=ACT_B)
-  order = jnp.argsort(jnp.where(valid, noise, 2.0), axis=1)        # valid slots first, shuffled
-  count = valid.sum(1)
-  place = jnp.arange(slots)[None]
-  following = jnp.where(place + 1 < count[:, None], place + 1, 0)  # the next of the cycle
-  source = jnp.take_along_axis(order, following, axis=1)
-  # order[p] receives the box of order[p + 1]; slots without a region keep what they have.
-  is_target = jax.nn.one_hot(order, slots, dtype=boxes.dtype)
-  is_target = is_target * (place < count[:, None])[..., None]
-  moved = jnp.take_along_axis(boxes, source[..., None], axis=1)
-  received = jnp.einsum("bpr,bpc->brc", is_target, moved)
-  return jnp.where(valid[..., None], received, boxes), count >= 2
+def row_by_row(loss: Callable) -> Objective:
+  """The objective of a loss (model, batch, key) -> losses, metrics whose rows do not need each other."""
+  return Objective(look=lambda model, rows: rows, read=lambda model, rows, key: ((), None),
+                   across=lambda model, embeddings, batch, key: ({}, {}),
+                   within=lambda model, rows, context, key: loss(model, rows, key))
 
 
-def mentions_fit(slots: jax.Array, valid: jax.Array) -> jax.Array:
-  """Whether all regions a text mentions exist in an image: int32[C, S, T], bool[B, R] -> [B, C, S].
-
-  A negative that mentions a region its image lacks would betray itself.
-  """
-  mentioned = jax.nn.one_hot(reshard(slots, REPLICATED), valid.shape[1], dtype=jnp.float32).max(2)
-  return jnp.einsum("csr,br->bcs", mentioned, (~valid).astype(jnp.float32)) == 0
-
-
-class Negatives(NamedTuple):
-  """The hard negatives of ITM.
-
-  image: int32[B], the row whose image the statements of each row are shown.
-  text: int32[B, S], the statements that each image is shown, numbered row * S + statement.
-  has_image, has_text: bool[B], bool[B, S], whether there was one to show.
-  """
-  image: jax.Array
-  text: jax.Array
-  has_image: jax.Array
-  has_text: jax.Array
-
-
-def draw_negatives(student: Student, batch: dict, scores, image_key, text_key) -> Negatives:
-  """Negatives in proportion to exp(scores), float32[B, B, S] as of `similarity`.
-
-  One other image per row for its statements, and S statements of other images for its image, such
-  that every region a statement mentions exists in the image it is shown.
-  """
-  tokens, valid = batch["tokens"], batch["statement_valid"]
-  other = batch["image_id"][:, None] != reshard(batch["image_id"], REPLICATED)[None]
-  fits = mentions_fit(student.slots(tokens), batch["region_valid"])
-  if not student.config.uses_region_tokens:
-    fits = jnp.ones_like(fits)
-  # Statements of image c shown another image b: needs an image with all the regions they mention.
-  needed = (fits | ~reshard(valid, REPLICATED)[None]).all(2)
-  by_text = (scores * reshard(valid, REPLICATED)[None]).sum(2)
-  image, has_image = draw(reshard(by_text.T, ACT_B), reshard((other & needed).T, ACT_B), image_key)
-  # The image shown statements of others.
-  size, texts, _ = tokens.shape
-  wide = (size, texts, size, texts)
-  spread = lambda rows: layers.reshape(
-      jnp.broadcast_to(rows[:, None], wide, out_sharding=ACT_B), size, texts, size * texts)
-  allowed = other[..., None] & fits & reshard(valid, REPLICATED)[None]
-  text, has_text = draw(spread(scores), spread(allowed), text_key)
-  return Negatives(image, text, has_image, has_text)
-
-
-def itm_rows(student: Student, features, batch: dict, sight: Sight, negatives: Negatives, weights,
-             keys):
-  """The ITM loss of one batch: matches, hard negatives both ways, and region-swap negatives.
-
-  Region vectors always come from the image a text is paired with. Returns {name: (loss, accuracy)}.
-  """
-  tokens = batch["tokens"]
-  texts = tokens.shape[1]
-  real = batch["statement_valid"].astype(jnp.float32)
-  take = lambda rows, at: reshard(rows, REPLICATED).at[at].get(out_sharding=ACT_B)
-  # One pass for all texts that an image is shown: its own and those of others.
-  others = take(reshard(tokens, REPLICATED).reshape(-1, tokens.shape[-1]), negatives.text)
-  logits = student.match(sight, jnp.concatenate([tokens, others], 1), keys[0])
-  rows = {"match": itm_loss(logits[:, :texts], 1, real),
-          "other_text": itm_loss(logits[:, texts:], 0, real * negatives.has_text)}
-  other_sight = student.see(*(take(rows, negatives.image) for rows in
-                              (features, batch["boxes"], batch["region_valid"])), once=True)
-  rows["other_image"] = itm_loss(student.match(other_sight, tokens, keys[2]), 0,
-                                 real * negatives.has_image[:, None])
-  if weights["region_swap"] and student.config.uses_region_tokens:
-    boxes, possible = swapped_regions(batch["boxes"], batch["region_valid"], keys[5])
-    swapped = student.see(features, boxes, batch["region_valid"], once=True)
-    mentions = (student.slots(tokens) >= 0).any(-1)
-    rows["region_swap"] = itm_loss(student.match(swapped, tokens, keys[6]), 0,
-                                   real * mentions * possible[:, None] * weights["region_swap"])
-  return rows
+def student_objective(weights: dict, negatives: Negatives | None = None) -> Objective:
+  """The stage-1 losses; arguments as of `student_loss`."""
+  return Objective(_look, functools.partial(_read, weights=weights),
+                   functools.partial(_across, weights=weights, negatives=negatives),
+                   functools.partial(_within, weights=weights))
 
 
 def student_loss(student: Student, batch: dict, weights: dict, key,
@@ -260,48 +165,115 @@ def student_loss(student: Student, batch: dict, weights: dict, key,
 
   Args:
     batch: as the loader gives it, on the device, with `features` [B, N, C] or `image`.
-    weights: `itc`, `itm`, `lm` (0 leaves a loss out), `region_swap` (weight of those negatives in
-      ITM), `question` (weight of a question's tokens in LM), `smoothing`, `detach_gathered` (ITC's
-      gradient reaches the image in image-to-text and the text in text-to-image alone).
+    weights: the config's `loss`: `itc`, `itm`, `lm` (0 leaves a loss out), `region_swap` (weight of those
+      negatives in ITM), `question` (weight of a question's tokens in LM), `smoothing`, `detach_gathered`
+      (ITC's gradient reaches the image in image-to-text and the text in text-to-image alone), `itc_block`
+      (images whose statements are compared at a time, 0 = all), `pool` (rows among which ITM's negatives are
+      drawn, 0 = all).
     key: PRNG key of this step: negatives and dropout.
     negatives: ITM's hard negatives; None draws them.
 
   Returns:
     {loss name: Weighted}, {metric name: Weighted}.
   """
-  features = batch["features"] if "features" in batch else student.vit(batch["image"])
-  tokens, valid = batch["tokens"], batch["statement_valid"]
-  train = key if student.config.qformer.dropout else None
-  keys = [None if train is None else jax.random.fold_in(train, i) for i in range(3)]
-  sight = student.see(features, batch["boxes"], batch["region_valid"])
-  states, cache = student.read_image(sight, keys[0])
+  return student_objective(weights, negatives)(student, batch, key)
+
+
+# Numbers folded into a step's key: 0, 1, 2, 4, 5 and 6 for the dropout of a pass, 3 for all draws.
+def _dropout(student: Student, key, number: int):
+  return jax.random.fold_in(key, number) if student.config.qformer.dropout else None
+
+
+def _look(student: Student, rows: dict) -> dict:
+  return rows if "features" in rows else rows | {"features": student.vit(rows["image"])}
+
+
+def _read(student: Student, rows: dict, key, weights: dict):
+  sight = student.see(rows["features"], rows["boxes"], rows["region_valid"])
+  states, cache = student.read_image(sight, _dropout(student, key, 0))
+  embeddings = {}
+  if weights["itc"] or weights["itm"]:
+    embeddings = {"image": student.embed_image(states),
+                  "text": student.embed_text(rows["tokens"], _dropout(student, key, 2))}
+  return embeddings, (sight, cache)
+
+
+def _across(student: Student, embeddings: dict, batch: dict, key, weights: dict, negatives):
+  losses, rows = {}, {}
+  if weights["itc"]:
+    losses["itc"] = itc_loss(**embeddings, batch=batch, temperature=student.temperature(), weights=weights)
+  if weights["itm"]:
+    *keys, swap_key = jax.random.split(jax.random.fold_in(key, 3), 3)
+    if negatives is None:
+      negatives = draw_negatives(student, batch, **embeddings, keys=keys, pool=weights["pool"],
+                                 block=weights["itc_block"])
+    rows = shown_rows(batch, negatives, weights["pool"])
+    if weights["region_swap"] and student.config.uses_region_tokens:
+      swapped, possible = swapped_regions(batch["boxes"], batch["region_valid"], swap_key)
+      rows |= {"swapped_boxes": swapped, "can_swap": possible}
+  return losses, rows
+
+
+def _within(student: Student, rows: dict, context, key, weights: dict):
+  sight, cache = context
   losses, metrics = {}, {}
   if weights["lm"]:
-    written = student.write_states(sight, cache, tokens, keys[1])
-    per_word = word_weights(batch["fields"], weights["question"], weights["end"]) * valid[..., None]
-    losses["lm"], right = words_loss_of(student, written, tokens, per_word, weights["smoothing"])
-    metrics["answer_words_right"] = answers_right(right, batch["fields"], valid)
-  if weights["itc"] or weights["itm"]:
-    image, text = student.embed_image(states), student.embed_text(tokens, keys[2])
-    scores = similarity(image, text)
-  if weights["itc"]:
-    both = scores, scores
-    if weights["detach_gathered"]:
-      detach = jax.lax.stop_gradient
-      both = similarity(image, detach(text)), similarity(detach(image), text)
-    losses["itc"] = itc_loss(*both, batch["image_id"], valid, student.temperature(),
-                             weights["smoothing"])
+    valid = rows["statement_valid"]
+    written = student.write_states(sight, cache, rows["tokens"], _dropout(student, key, 1))
+    per_word = word_weights(rows["fields"], weights["question"], weights["end"]) * valid[..., None]
+    losses["lm"], right = words_loss_of(student, written, rows["tokens"], per_word, weights["smoothing"])
+    metrics["answer_words_right"] = answers_right(right, rows["fields"], valid)
   if weights["itm"]:
-    itm_keys = list(jax.random.split(jax.random.fold_in(key, 3), 7))
-    for i in (0, 2, 6):  # dropout keys; 1, 3 and 5 draw negatives
-      itm_keys[i] = None if train is None else itm_keys[i]
-    if negatives is None:
-      hardness = jax.lax.stop_gradient(scores / student.temperature())
-      negatives = draw_negatives(student, batch, hardness, itm_keys[1], itm_keys[3])
-    rows = itm_rows(student, features, batch, sight, negatives, weights, itm_keys)
-    losses["itm"] = Weighted(*(sum(loss[i] for loss, _ in rows.values()) for i in (0, 1)))
-    metrics |= {f"itm_{name}_right": right for name, (_, right) in rows.items()}
+    keys = [_dropout(student, key, number) for number in (4, 5, 6)]
+    kinds = itm_rows(student, rows, sight, weights, keys)
+    losses["itm"] = Weighted(*(sum(loss[i] for loss, _ in kinds.values()) for i in (0, 1)))
+    metrics |= {f"itm_{name}_right": right for name, (_, right) in kinds.items()}
   return losses, metrics
+
+
+def shown_rows(batch: dict, negatives: Negatives, pool: int) -> dict:
+  """Each row's negatives: other_features, other_boxes, other_region_valid, other_tokens, has_image, has_text.
+
+  The ViT's output is exchanged as it is, before ln_vision and all that follows, and no gradient travels back:
+  a ViT that is trained learns nothing from the negatives that it saw.
+  """
+  size, texts, length = batch["tokens"].shape
+  take = lambda rows, at: fetch(rows, at, size, pool)
+  names = ("features", "boxes", "region_valid")
+  rows = {f"other_{name}": take(batch[name], negatives.image) for name in names}
+  rows["other_tokens"] = take(layers.reshape(batch["tokens"], size * texts, length), negatives.text)
+  return rows | {"has_image": negatives.has_image, "has_text": negatives.has_text}
+
+
+def itm_rows(student: Student, rows: dict, sight: Sight, weights: dict, keys) -> dict:
+  """The ITM loss: matches, hard negatives both ways, and region-swap negatives.
+
+  Region vectors always come from the image a text is paired with.
+
+  Args:
+    rows: a batch with what `shown_rows` returns, and for region swaps swapped_boxes and can_swap.
+    keys: of the dropout of three passes, or None each.
+
+  Returns:
+    {name: (loss, accuracy)}.
+  """
+  tokens = rows["tokens"]
+  texts = tokens.shape[1]
+  real = rows["statement_valid"].astype(jnp.float32)
+  # One pass for all texts that an image is shown: its own and those of others.
+  logits = student.match(sight, jnp.concatenate([tokens, rows["other_tokens"]], 1), keys[0])
+  kinds = {"match": itm_loss(logits[:, :texts], 1, real),
+           "other_text": itm_loss(logits[:, texts:], 0, real * rows["has_text"])}
+  other_sight = student.see(*(rows[f"other_{name}"] for name in ("features", "boxes", "region_valid")),
+                            once=True)
+  kinds["other_image"] = itm_loss(student.match(other_sight, tokens, keys[1]), 0,
+                                  real * rows["has_image"][:, None])
+  if "swapped_boxes" in rows:
+    swapped = student.see(rows["features"], rows["swapped_boxes"], rows["region_valid"], once=True)
+    mentions = (student.slots(tokens) >= 0).any(-1)
+    kinds["region_swap"] = itm_loss(student.match(swapped, tokens, keys[2]), 0,
+                                    real * mentions * rows["can_swap"][:, None] * weights["region_swap"])
+  return kinds
 
 
 def generative_loss(student: GenerativeStudent, batch: dict, weights: dict, key) -> tuple[dict, dict]:

@@ -10,6 +10,7 @@ import time
 
 import jax
 from jax.extend.core import ClosedJaxpr, Jaxpr
+from jax.interpreters import partial_eval
 import numpy as np
 
 # --- values over steps ---------------------------------------------------------------------------
@@ -285,6 +286,13 @@ def step_flops(traced) -> float:
     traced: `jax.jit(f).trace(*args)`, or a jaxpr. Arguments may be shapes.
   """
   jaxpr = getattr(traced, "jaxpr", traced)
+  jaxpr = getattr(jaxpr, "jaxpr", jaxpr)
+  # The compiler leaves out what nothing reads, such as all but the weights in a first look at the losses.
+  used, _ = partial_eval.dce_jaxpr(jaxpr, [True] * len(jaxpr.outvars))
+  return _flops(used)
+
+
+def _flops(jaxpr) -> float:
   return sum(_equation_flops(equation) for equation in jaxpr.eqns)
 
 
@@ -299,11 +307,13 @@ def _equation_flops(equation) -> float:
     per_output = kernel.size / kernel.shape[parameters["dimension_numbers"].rhs_spec[0]]
     # Of a dilated input (the gradient of a strided convolution) only every d-th value is not 0.
     return 2.0 * equation.outvars[0].aval.size * per_output / math.prod(parameters["lhs_dilation"])
-  inner = [step_flops(jaxpr) for jaxpr in _inner_jaxprs(parameters.values())]
+  inner = [_flops(jaxpr) for jaxpr in _inner_jaxprs(parameters.values())]
   if name == "scan":
     return parameters["length"] * sum(inner)
   if name == "cond":
     return max(inner)
+  if name == "pallas_call":  # a kernel runs at every point of its grid
+    return sum(inner) * math.prod(side for side in parameters["grid_mapping"].grid if isinstance(side, int))
   if name == "shard_map":  # shapes inside are those of one device
     return parameters["mesh"].size * sum(inner)
   return sum(inner)  # a `while` loop counts once: its length is not in the program

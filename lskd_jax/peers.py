@@ -16,6 +16,8 @@ from lskd_jax import errors, exit_codes
 
 LINGER = 3.0  # seconds process 0 waits for the others to end: without its service they abort
 
+_leaving = threading.Lock()
+
 
 class LocalStore:
   """Texts by key within one process; also stands in for the service in tests, shared by threads.
@@ -64,8 +66,10 @@ def store() -> LocalStore | JaxStore:
 def leave(code: int) -> None:
   """Ends this process now, from any thread: no `finally`, no barrier at exit that a lost peer delays.
 
-  Process 0 goes last: the others abort as soon as its coordination service is gone.
+  Process 0 goes last: the others abort as soon as its coordination service is gone. The first thread
+  that comes here decides; a second one waits for the end.
   """
+  _leaving.acquire()
   sys.stdout.flush()
   sys.stderr.flush()
   farewell = threading.Thread(target=_say_farewell, args=(store(), code), daemon=True)

@@ -1,6 +1,7 @@
 """From a config to the parts of a run: sizes, tokenizer, loader, objective; and who owns a work directory."""
 from collections.abc import Callable, Iterator
 import json
+import math
 from pathlib import Path
 from typing import NamedTuple
 
@@ -16,7 +17,7 @@ from data_pipeline.loader import Loader
 from data_pipeline.records import DataError
 from data_pipeline.stages import write_json
 from data_pipeline.texts import text_encoder
-from lskd_jax import checkpoint, features, losses, optim, parallel, step
+from lskd_jax import checkpoint, features, losses, optim, parallel, rows, step
 from lskd_jax.frozen_dtype import narrowed
 from lskd_jax.judged import judged_corpus, judgement_columns
 from lskd_jax.models import build
@@ -138,11 +139,6 @@ def loss_weights(config) -> dict[str, float]:
   return {name: config.loss[name] for name in names}
 
 
-def check_division(config, mesh) -> None:
-  """Raises ValueError where the batch cannot be divided as the config asks on this mesh."""
-  parallel.own_rows(mesh, config.data.batch_size)
-
-
 def sized(config, tokenizer) -> StudentConfig | GenerativeConfig:
   """The model's sizes: the config's, and what follows from the tokenizer and from `init.model`."""
   sizes = config.model.to_dict()
@@ -206,9 +202,6 @@ def start_weights(config) -> dict | None:
 def make_objective(config) -> Callable:
   """(model, batch, key) -> losses and metrics, of the config's task."""
   if config.task == "tagger":
-    if config.train.microbatches > 1:
-      raise DataError(f"train.microbatches={config.train.microbatches}: a tagger learns the words of "
-                      "all texts of a picture together; set it to 1")
     return lambda model, batch, key: losses.words_loss(model, batch, len(tokenizers.SPECIAL_TOKENS))
   if config.task == "critic":
     return losses.critic_loss
@@ -218,7 +211,17 @@ def make_objective(config) -> Callable:
       raise DataError(f"loss.question={weights['question']}: T5 reads questions and writes none; set it "
                       "to 0")
     return lambda model, batch, key: losses.generative_loss(model, batch, weights, key)
-  return lambda model, batch, key: losses.student_loss(model, batch, weights, key)
+  return losses.student_objective(weights)
+
+
+def check_division(config, mesh) -> None:
+  """Raises ValueError where the batch cannot be divided as the config asks on this mesh."""
+  parallel.own_rows(mesh, config.data.batch_size)
+  images, groups = config.data.batch_size, math.prod(mesh.shape[axis] for axis in parallel.BATCH)
+  parts, block = config.train.microbatches, config.loss.itc_block
+  rows.check_parts(images, groups, parts, f"train.microbatches={parts}")
+  rows.check_parts(images, groups, rows.block_count(images, block), f"loss.itc_block={block}")
+  rows.check_pool(images, config.loss.pool)
 
 
 def loader_options(config) -> LoaderOptions:

@@ -14,9 +14,12 @@ import jax.numpy as jnp
 from jax.sharding import reshard
 import optax
 
-from lskd_jax.losses import Weighted
+from lskd_jax.losses import Objective, row_by_row
 from lskd_jax.models.layers import gathered
-from lskd_jax.parallel import ACT_B, REPLICATED, compiler_options
+from lskd_jax.parallel import REPLICATED, compiler_options
+from lskd_jax.rows import in_parts, joined
+
+DIVIDED = 7  # the number of a divided batch's keys: those of losses.py are smaller
 
 
 def trainable(frozen: tuple[str, ...]):
@@ -36,7 +39,7 @@ def init_state(params, optimizer: optax.GradientTransformation) -> dict:
           "skipped": {"total": zero(), "in_row": zero()}}
 
 
-def make_train_step(graphdef, optimizer, objective: Callable, loss_weights: dict,
+def make_train_step(graphdef, optimizer, objective: Objective | Callable, loss_weights: dict,
                     microbatches: int = 1, max_grad_norm: float | None = 0.0) -> Callable:
   """Builds step(state, frozen, batch, run_key) -> (state, metrics), jitted, state donated.
 
@@ -44,53 +47,26 @@ def make_train_step(graphdef, optimizer, objective: Callable, loss_weights: dict
   batch has it, statement int32[B, S].
 
   Args:
-    objective: (model, batch, key) -> ({loss: Weighted}, {metric: Weighted}).
+    objective: an Objective, or for losses whose rows do not need each other a function
+      (model, batch, key) -> ({loss: Weighted}, {metric: Weighted}).
     loss_weights: {loss: weight}; the loss is the weighted sum of the losses' means.
-    microbatches: the statements of a batch are divided into this many parts, whose gradients add
-      up to exactly the undivided batch's (each loss is a sum over statements and a weight).
+    microbatches: the images of a batch are divided into this many parts, whose gradients add up to those of
+      the undivided batch, negatives included. Each device keeps its own rows.
     max_grad_norm: a step whose loss or gradient norm is not finite, or whose norm is above this
       (0 = no bound), changes nothing but `step` and `skipped`. None makes every update.
-
-  Raises ValueError for microbatches with ITC or ITM: their negatives would shrink with the part.
   """
-  contrastive = [name for name in ("itc", "itm") if loss_weights.get(name)]
-  if microbatches > 1 and contrastive:
-    raise ValueError(f"train.microbatches={microbatches} cannot be combined with "
-                     f"{' and '.join(contrastive)}: a part of the batch has fewer negatives than the "
-                     "batch. Set train.microbatches=1, or these loss weights to 0")
-
-  def sums(params, frozen, batch, key, totals):
-    """Loss of a microbatch, its losses divided by the WHOLE batch's weights."""
-    model = gathered(nnx.merge(graphdef, params, frozen))
-    losses, metrics = objective(model, batch, key)
-    loss = sum(loss_weights.get(name, 1.0) * value.total / jnp.maximum(totals[name], 1e-9)
-               for name, value in losses.items())
-    return loss, losses | metrics
+  if not isinstance(objective, Objective):
+    objective = row_by_row(objective)
 
   def gradients(params, frozen, batch, key):
+    model_of = lambda params: gathered(nnx.merge(graphdef, params, frozen))
     if microbatches == 1:
       def whole(params):
-        model = gathered(nnx.merge(graphdef, params, frozen))
-        losses, metrics = objective(model, batch, key)
-        loss = sum(loss_weights.get(name, 1.0) * value.mean() for name, value in losses.items())
-        return loss, losses | metrics
+        losses, metrics = objective(model_of(params), batch, key)
+        return weighted_sum(losses, loss_weights), losses | metrics
       (loss, metrics), grads = jax.value_and_grad(whole, has_aux=True)(params)
       return loss, metrics, grads
-    parts = split_statements(batch, microbatches)
-    # Weights depend on no parameter, so a first, cheap pass under eval finds their totals.
-    weights = lambda part: jax.tree.map(
-        lambda value: value.weight, objective(nnx.merge(graphdef, params, frozen), part, key)[0],
-        is_leaf=lambda value: isinstance(value, Weighted))
-    totals = jax.tree.map(lambda *values: sum(values), *(weights(part) for part in parts))
-    loss, metrics, grads = 0.0, None, None
-    for i, part in enumerate(parts):
-      (part_loss, part_metrics), part_grads = jax.value_and_grad(sums, has_aux=True)(
-          params, frozen, part, jax.random.fold_in(key, i), totals)
-      add = functools.partial(jax.tree.map, jnp.add)
-      grads = part_grads if grads is None else add(grads, part_grads)
-      metrics = part_metrics if metrics is None else add(metrics, part_metrics)
-      loss += part_loss
-    return loss, metrics, grads
+    return divided_gradients(objective, model_of, params, batch, key, loss_weights, microbatches)
 
   @functools.partial(jax.jit, donate_argnums=0, compiler_options=compiler_options())
   def train_step(state, frozen, batch, run_key):
@@ -116,13 +92,69 @@ def make_train_step(graphdef, optimizer, objective: Callable, loss_weights: dict
   return train_step
 
 
-def split_statements(batch: dict, parts: int) -> list[dict]:
-  """The batch's statements (axis 1 of every [B, S, …] array of statements) in equal parts."""
-  statements = batch["statement_valid"].shape[1]
-  if statements % parts:
-    raise ValueError(f"train.microbatches={parts} does not divide data.statements={statements}")
-  size = statements // parts
-  per_statement = {"tokens", "fields", "statement", "statement_valid", "accept", "answer_score",
-                   "rationale_score"}
-  return [{name: reshard(rows[:, i * size:(i + 1) * size], ACT_B) if name in per_statement else rows
-           for name, rows in batch.items()} for i in range(parts)]
+def weighted_sum(losses: dict, loss_weights: dict, totals: dict | None = None):
+  """Sum of the losses' means times their weights.
+
+  Args:
+    totals: {loss: what to divide it by}; None = its own weight.
+  """
+  totals = totals or {name: value.weight for name, value in losses.items()}
+  return sum((loss_weights.get(name, 1.0) * value.total / jnp.maximum(totals[name], 1e-9)
+              for name, value in losses.items()), start=jnp.float32(0))
+
+
+def divided_gradients(objective: Objective, model_of: Callable, params, batch: dict, key, loss_weights: dict,
+                      parts: int):
+  """Loss, metrics and gradients of a batch whose activations are held a part at a time.
+
+  As in GradCache (Gao et al. 2021, Scaling deep contrastive learning batch size under memory limited setup):
+  a first pass reads all parts without gradients. The losses over their embeddings give gradients with respect
+  to those, which a second pass carries on into each part when it is read again, together with the losses of
+  its own rows. Draws are those of the whole batch; dropout has a key for each part, the same in both passes.
+
+  Args:
+    model_of: params -> model.
+  """
+  keys = jax.random.split(jax.random.fold_in(key, DIVIDED), parts)
+  rows_of = in_parts(batch, parts)
+
+  def first(_, part):
+    model, (rows, key) = model_of(params), part
+    looked = objective.look(model, rows)
+    seen = {name: value for name, value in looked.items() if name not in rows}
+    return None, (objective.read(model, looked, key)[0], seen)
+  _, (embeddings, seen) = jax.lax.scan(first, None, (rows_of, keys))
+  embeddings, whole = joined(embeddings), batch | joined(seen)
+
+  def across(params, embeddings):
+    losses, rows = objective.across(model_of(params), embeddings, whole, key)
+    return weighted_sum(losses, loss_weights), (losses, rows)
+  (loss, (found, drawn)), (grads, towards) = jax.value_and_grad(
+      across, (0, 1), has_aux=True)(params, embeddings)
+  rows_of |= in_parts(drawn, parts)
+  if "vit" not in params:  # what a frozen ViT sees does not change: keep it rather than see it again
+    rows_of |= seen
+
+  def part_losses(params, rows, key):
+    model = model_of(params)
+    rows = objective.look(model, rows)
+    embeddings, context = objective.read(model, rows, key)
+    return embeddings, *objective.within(model, rows, context, key)
+
+  # Weights depend on no parameter, so the compiler leaves everything else out of this.
+  totals = jax.tree.map(lambda weights: weights.sum(0), jax.lax.map(lambda part: {
+      name: value.weight for name, value in part_losses(params, *part)[1].items()}, (rows_of, keys)))
+
+  def second(grads, part):
+    *part, towards = part
+
+    def surrogate(params):
+      embeddings, losses, metrics = part_losses(params, *part)
+      loss = weighted_sum(losses, loss_weights, totals)
+      carried = jax.tree.map(lambda value, gradient: (value * gradient).sum(), embeddings, towards)
+      return loss + sum(jax.tree.leaves(carried)), (loss, losses | metrics)
+    (_, found), more = jax.value_and_grad(surrogate, has_aux=True)(params)
+    return jax.tree.map(jnp.add, grads, more), found
+  grads, found_of = jax.lax.scan(second, grads, (rows_of, keys, in_parts(towards, parts)))
+  within, metrics = jax.tree.map(lambda values: values.sum(0), found_of)
+  return loss + within, found | metrics, grads

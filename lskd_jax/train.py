@@ -155,8 +155,8 @@ def _train(config, workdir: Path, mesh, parts: Parts, watchers: Watchers, evalua
       saver.save(now, {**state, "frozen": frozen}, {"extended": is_extended, "examples": fed.digest},
                  metrics=measured if config.train.keep_best else None)
 
-    # Inside of what would wait for the other processes, so that an error does not.
-    with contextlib.ExitStack() as files, peers.leaving_at_once(workdir, stop):
+    # Inside of what would wait for the other processes, so that an error does not; `spent` never waits.
+    with contextlib.ExitStack() as files, peers.leaving_at_once(workdir, stop), contextlib.closing(spent):
       for file in (bar, profiler, writer, fed):
         files.callback(file.close)
       while True:
@@ -220,7 +220,6 @@ def _train(config, workdir: Path, mesh, parts: Parts, watchers: Watchers, evalua
           writer.write(now, values | rates.report())
           stop.keep_handler()
         timer.look(saver.seconds_of_last_save())
-    spent.close()  # what follows is no step
     dog.at("save", now)
     with rates.paused("save"):
       saver.wait()

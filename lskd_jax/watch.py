@@ -3,7 +3,6 @@ from collections.abc import Callable
 import json
 import math
 from pathlib import Path
-import re
 import shutil
 import sys
 import time
@@ -12,7 +11,7 @@ from typing import NamedTuple
 import plotext
 
 from data_pipeline.records import DataError
-from lskd_jax import goodput
+from lskd_jax import committed, goodput
 from lskd_jax.metrics import read_metrics
 
 SILENT = 300.0  # seconds without a sign of life that are worth a word
@@ -23,8 +22,7 @@ class State(NamedTuple):
   """What a run's work directory tells.
 
   lines: of metrics.jsonl. curves: the metrics that are drawn unless others are asked for. total: its
-  steps, None if unknown. durable: the newest checkpoint's step. done: what the file that ends a run
-  holds, None before.
+  steps, None if unknown. durable: the newest committed step. done: what done.json holds, None before.
   """
   lines: list[dict]
   curves: list[str]
@@ -44,14 +42,13 @@ def read(workdir) -> State:
   if config is None:
     raise DataError(f"{workdir}: no run was started here; give the --workdir of lskd train")
   done = _json(workdir / "done.json")
-  finished = _json(workdir / "finished.json")
-  total = (finished or {}).get("steps") or config.get("optim", {}).get("steps")
-  steps = [int(path.name) for path in workdir.glob("checkpoints/*") if re.fullmatch(r"\d+", path.name)]
+  total = done["step"] if done else config.get("optim", {}).get("steps")
+  saved = workdir / "checkpoints"
+  steps = committed.steps(saved) if saved.exists() else []
   lines = read_metrics(workdir / "metrics.jsonl")
   curves = [name for name in ("loss", config.get("guard", {}).get("metric"))
             if any(name in line for line in lines)]
-  return State(lines, curves, total, max(steps, default=None), goodput.summary(workdir),
-               finished if done is None else done)
+  return State(lines, curves, total, max(steps, default=None), goodput.summary(workdir), done)
 
 
 def screen(workdir, now: float, width: int = 100, names: tuple[str, ...] = ()) -> str:
@@ -81,8 +78,7 @@ def status(state: State, now: float) -> list[str]:
   lines = [text, f"durable step: {'none yet' if state.durable is None else state.durable}"]
   found = state.goodput
   if state.done is not None:
-    facts = ", ".join(f"{name} {value}" for name, value in state.done.items())
-    lines.append(f"finished: {facts}")
+    lines.append("finished: " + ", ".join(f"{name} {value}" for name, value in state.done.items()))
   elif found is not None:
     ago = goodput.spell(max(now - found.end, 0))
     if found.phase == goodput.END:

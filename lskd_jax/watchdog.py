@@ -1,9 +1,12 @@
 """A run that is alive but stuck is found, named and ended; the runtime itself waits for ever.
 
-Each process writes its step and phase to a board that all can read (`peers.store()`), at most once a
-second and from a thread, so a main thread that hangs leaves its last step there. A process that has
-made no progress for too long dumps the stacks of all its threads, names the process that is furthest
-behind, tells the others to do the same, and exits with 150.
+Each process writes its step and phase to a board that all can read (`peers.store()`), once a second and
+from a thread, so a main thread that hangs leaves its last step there. A process that has made no progress
+for too long dumps the stacks of all its threads, names the process that is furthest behind, tells the
+others to do the same, and exits with 150.
+
+A process whose thread no longer writes is lost. Collectives say so at once, but not barriers, such as those
+of a save: these wait until a heartbeat is late by 100 s.
 """
 import collections
 import faulthandler
@@ -20,6 +23,8 @@ from lskd_jax import exit_codes, peers
 
 LOOK_EVERY = 1.0  # seconds
 FAREWELL = 2.0  # seconds between telling the others and ending, so that they dump their stacks too
+SILENT = 30  # looks without a sign of life: the process is gone. Looks, since a suspended machine has none
+LEFT = 5  # looks after a process ended with an error, in which the others may meet the same one
 # Compiling takes what it takes, and the others wait for it.
 WAITED_FOR = ("start", "restore", "compile", "evaluate")
 PATIENT = (*WAITED_FOR, "save")
@@ -47,7 +52,7 @@ class Watchdog:
     self._steps = collections.deque(maxlen=64)  # seconds of the last steps
     self._where = {"step": 0, "phase": "start", "time": clock()}
     self._step_began = None
-    self._written = None
+    self._signs = {}  # {(kind, process): (last sign, looks since it changed)}
     self._closed = threading.Event()
     self._thread = threading.Thread(target=self._watch, daemon=True, name="watchdog")
 
@@ -89,20 +94,39 @@ class Watchdog:
         continue
 
   def look(self) -> None:
-    """Writes our line on the board, and ends the process if it, or another one, is stuck."""
+    """Writes our line on the board, and ends the process if it or another one is stuck or lost."""
     where = self._where
-    if where is not self._written:
-      self._store.set(f"board/{self._store.index}", json.dumps(where))
-      self._written = where
-    stuck = self._store.list("stuck")
+    self._store.set(f"board/{self._store.index}", json.dumps(where | {"alive": self._clock()}))
+    board = {int(i): json.loads(line) for i, line in self._store.list("board").items()}
+    stuck, lost = self._store.list("stuck"), self._lost(board)
     if stuck:
-      self._end(min(stuck.items())[1])
+      self._end(exit_codes.STUCK, min(stuck.items())[1])
+    elif lost:
+      self._end(exit_codes.PEER_LOST, lost)
     elif self._clock() - where["time"] > self.limit(where["phase"]):
-      board = {int(i): json.loads(line) for i, line in self._store.list("board").items()}
       busy = any(line["phase"] in WAITED_FOR and self._clock() - line["time"] <= self._compile_limit
-                 for line in board.values())
+                 and self._signs["board", i][1] <= SILENT for i, line in board.items())
       if not busy:
-        self._end(self._verdict(board), tell=True)
+        verdict = self._verdict(board)
+        self._store.set(f"stuck/{self._store.index}", verdict)
+        self._end(exit_codes.STUCK, verdict)
+
+  def _lost(self, board: dict[int, dict]) -> str | None:
+    """One line about a process that is gone; None if all are there."""
+    fine = {str(code) for code in (exit_codes.DONE, *exit_codes.PREEMPTIONS)}
+    for i, code in self._store.list("left").items():
+      if code not in fine and self._looks_since("left", i, code) > LEFT:
+        return f"process {i} ended with code {code}"
+    for i, line in board.items():
+      silent = self._looks_since("board", i, line["alive"]) > SILENT and i != self._store.index
+      if silent and line["phase"] in ("step", "data", "save"):  # elsewhere one call may keep all threads out
+        return f"process {i} has given no sign of life since step {line['step']} in {line['phase']}"
+    return None
+
+  def _looks_since(self, kind: str, process, sign) -> int:
+    before, looks = self._signs.get((kind, process), (None, 0))
+    self._signs[kind, process] = sign, looks + 1 if sign == before else 0
+    return self._signs[kind, process][1]
 
   def _verdict(self, board: dict[int, dict]) -> str:
     """One line: which process is late, and where all of them are."""
@@ -111,18 +135,16 @@ class Watchdog:
              for i, line in sorted(board.items()))
     return f"no progress; process {late} is late ({'; '.join(lines)})"
 
-  def _end(self, verdict: str, tell: bool = False) -> None:
+  def _end(self, code: int, verdict: str) -> None:
     index = self._store.index
-    if tell:
-      self._store.set(f"stuck/{index}", verdict)
-    print(f"lskd: process {index}: {verdict}; exit code {exit_codes.STUCK}", file=sys.stderr, flush=True)
+    print(f"lskd: process {index}: {verdict}; exit code {code}", file=sys.stderr, flush=True)
     faulthandler.dump_traceback(sys.__stderr__, all_threads=True)
     try:
       with (self._workdir / f"stacks-{index}.txt").open("w") as file:
         faulthandler.dump_traceback(file, all_threads=True)
     except OSError:
       pass  # standard error has them
-    peers.write_crash(self._workdir, index, {"code": exit_codes.STUCK, "reason": verdict, "at": self._where})
-    if tell and self._store.count > 1:
+    peers.write_crash(self._workdir, index, {"code": code, "reason": verdict, "at": self._where})
+    if self._store.count > 1:
       time.sleep(FAREWELL)
-    self._leave(exit_codes.STUCK)
+    self._leave(code)

@@ -16,15 +16,16 @@ LONGEST_FILE = 400  # lines: what can be read in one sitting
 
 # The order of lskd_jax: a module imports modules of its own or an earlier row only.
 ORDER = [
-    ["lskd_jax.exit_codes", "lskd_jax.errors", "lskd_jax.peers", "lskd_jax.agreement", "lskd_jax.streams",
-     "lskd_jax.trees", "lskd_jax.committed", "lskd_jax.frozen", "lskd_jax.checkpoint", "lskd_jax.optim",
+    ["lskd_jax.exit_codes", "lskd_jax.errors", "lskd_jax.peers"],  # how a process ends; without jax
+    ["lskd_jax.agreement", "lskd_jax.streams", "lskd_jax.trees", "lskd_jax.committed", "lskd_jax.frozen",
+     "lskd_jax.checkpoint", "lskd_jax.optim",
      "lskd_jax.metrics", "lskd_jax.goodput", "lskd_jax.profiles"],  # the leaves
     ["lskd_jax.parallel"],
     ["lskd_jax.models.layers"],
     ["lskd_jax.models.vit", "lskd_jax.models.qformer", "lskd_jax.models.regions",
-     "lskd_jax.models.decoders"],  # the towers
+     "lskd_jax.models.decoders", "lskd_jax.models.fused_attention"],  # the towers
     ["lskd_jax.models"],  # student, critic, generate: what is made of towers
-    ["lskd_jax.losses"],
+    ["lskd_jax.rows", "lskd_jax.contrast", "lskd_jax.negatives", "lskd_jax.losses"],
     ["lskd_jax.step"],
     ["lskd_jax.signals", "lskd_jax.preemption", "lskd_jax.watchdog"],  # what looks after a process
     # What a run needs besides the step: models from directories, cached features, judgements.
@@ -33,8 +34,8 @@ ORDER = [
     ["lskd_jax.train", "lskd_jax.replay", "lskd_jax.evaluate", "lskd_jax.convert"],
     ["lskd_jax"],  # everything else: commands and what users call
 ]
-LEAVES = ORDER[0]
-USE_LEAVES = 6  # rows from here on (step, train, ...) may import leaves; towers and losses may not
+LEAVES = ORDER[1]
+USE_LEAVES = 7  # rows from here on (step, train, ...) may import leaves; towers and losses may not
 
 
 def module_name(path: Path) -> str:
@@ -92,7 +93,7 @@ def test_lskd_jax_imports_in_one_direction(module):
   ours = {name for name in imports(MODULES[module]) if top(name) == "lskd_jax"}
   if module == "lskd_jax":
     return  # only `load`, when it is called
-  for name in ours - {"lskd_jax"}:
+  for name in ours - {"lskd_jax", "lskd_jax.exit_codes"}:  # the version, and a table of numbers: for all
     if name in LEAVES:
       assert module in LEAVES or row(module) >= USE_LEAVES, f"{module} imports the leaf {name}"
     else:

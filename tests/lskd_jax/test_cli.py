@@ -21,7 +21,7 @@ from lskd_jax.trees import read_manifest
 from tests.lskd_jax.tiny_models import OVERRIDES, make_model
 
 ROOT = Path(__file__).resolve().parents[2]
-VERBS = ["demo", "train", "watch", "eval", "score", "ask", "import", "export",
+VERBS = ["demo", "train", "watch", "plan", "eval", "score", "ask", "import", "export",
          *(f"corpus {stage}" for stage in (
            "verbalize", "teach", "judge", "score", "filter", "build", "report", "publish"))]
 
@@ -300,7 +300,7 @@ def test_a_question_or_a_caption_is_asked_for(words, capsys):
 def test_training_finds_the_pictures_of_a_stage_folder(road, monkeypatch, tmp_path):
   configs = []
 
-  def train(config, workdir, announce, stop, began):
+  def train(config, workdir, began, **unused):
     configs.append(config)
     goodput.Log(workdir, began).close()
     return Run(tmp_path / "model", 1, False)

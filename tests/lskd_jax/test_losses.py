@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 
 from lskd_jax import losses
+from lskd_jax.models import layers
 from lskd_jax.models.regions import mention_slots
 from tests.lskd_jax import tiny
 from tests.lskd_jax.tiny import DIGIT, OPENS_BRACKET, REGIONS, STUDENT, put
@@ -98,149 +99,6 @@ def test_weights_of_words_by_field():
   assert losses.word_weights(padded, 0.25, 0.5).tolist() == [[[0, 0.25, 1, 1, 1, 0.5, 0]]]
 
 
-# --- ITC ---
-
-def torch_itc(image, text, temperature, ids, valid, smoothing):
-  """Statement by statement: its own image among all others, and it among all other texts.
-
-  Rows of the same image are left out on both sides, and so are texts that do not exist.
-  """
-  score = torch.einsum("bqe,cse->bqcs", image, text).amax(1) / temperature
-  found = []
-  for b, s in np.argwhere(valid).tolist():
-    others = [c for c in range(len(ids)) if ids[c] != ids[b]]
-    texts = [score[b, c, u] for c in others for u in range(valid.shape[1]) if valid[c, u]]
-    images = [score[c, b, s] for c in others]
-    for negatives in (texts, images):
-      logits = torch.stack([score[b, b, s], *negatives])
-      found.append(F.cross_entropy(logits, torch.tensor(0), label_smoothing=smoothing))
-  return torch.stack(found).mean()
-
-
-def contrast(image, text, temperature, ids, valid):
-  scores = losses.similarity(image, text)
-  return losses.itc_loss(scores, scores, ids, valid, temperature, 0.1).mean()
-
-
-jitted_contrast = jax.jit(jax.value_and_grad(contrast, argnums=(0, 1, 2)))
-
-
-def embeddings(texts, seed=0):
-  rng = np.random.default_rng(seed)
-  unit = lambda *shape: (x := rng.normal(size=shape)) / np.linalg.norm(x, axis=-1, keepdims=True)
-  return unit(5, 3, 4).astype(np.float32), unit(5, texts, 4).astype(np.float32)
-
-
-def check_contrast(image, text, ids, valid, reference):
-  """Value and gradients of ITC against `reference(image, text, temperature)` in PyTorch."""
-  value, grads = jitted_contrast(*on_mesh(i=image, t=text), jnp.float32(0.2),
-                                 *on_mesh(n=ids, v=valid))
-  inputs = [torch.tensor(x, dtype=torch.float64, requires_grad=True) for x in (image, text, 0.2)]
-  expected = reference(*inputs)
-  expected.backward()
-  assert float(value) == pytest.approx(expected.item(), rel=1e-5)
-  for got, wanted in zip(grads, inputs):
-    np.testing.assert_allclose(got, wanted.grad, atol=1e-4)
-
-
-def test_itc_with_one_statement_per_image_is_that_of_lavis():
-  """max over queries, / temperature, cross-entropy both ways, label smoothing 0.1."""
-  def lavis(image, text, temperature):
-    image_to_text = torch.einsum("bqe,cse->bqcs", image, text)[..., 0].amax(1) / temperature
-    own = torch.arange(5)
-    return (F.cross_entropy(image_to_text, own, label_smoothing=0.1)
-            + F.cross_entropy(image_to_text.T, own, label_smoothing=0.1)) / 2
-  ids = np.arange(5, dtype=np.int32)
-  check_contrast(*embeddings(1), ids, np.ones((5, 1), bool), lavis)
-
-
-def test_itc_with_several_statements_and_a_repeated_image():
-  """Rows 0 and 3 show one image: they and all their texts are never each other's negatives."""
-  ids = np.array([7, 2, 9, 7, 4], np.int32)
-  valid = np.array([[1, 1], [1, 0], [1, 1], [0, 1], [1, 1]], bool)
-  check_contrast(*embeddings(2), ids, valid,
-                 lambda *inputs: torch_itc(*inputs, ids, valid, 0.1))
-
-
-def test_the_statements_of_an_image_are_all_its_positives():
-  """Moving one closer to its image lowers the loss, and raises that of no sibling."""
-  image, text = embeddings(2)
-  ids, valid = np.arange(5, dtype=np.int32), np.ones((5, 2), bool)
-  scores = np.array(losses.similarity(*on_mesh(i=image, t=text)))
-  jitted = jax.jit(lambda scores, *a: losses.itc_loss(scores, scores, *a, 0.2, 0.0))
-
-  def each(scores):
-    """The loss of each of image 0's statements alone."""
-    only = lambda s: valid & ((np.arange(5) > 0)[:, None] | (np.arange(2) == s))
-    loss = lambda keep: jitted(*on_mesh(s=scores, n=ids, v=keep)).total
-    return [float(loss(only(s))) for s in (0, 1)]
-  closer = scores.copy()
-  closer[0, 0, 0] += 0.5
-  (before, sibling_before), (after, sibling_after) = each(scores), each(closer)
-  assert after < before and sibling_after == sibling_before
-
-
-def test_itc_of_a_single_image_is_zero():
-  """No negatives, nothing to tell apart: a loss of 0 and no NaN."""
-  image, text = embeddings(2)
-  value, grads = jitted_contrast(*on_mesh(i=image[:1], t=text[:1]), jnp.float32(0.2),
-                                 *on_mesh(n=np.zeros(1, np.int32), v=np.ones((1, 2), bool)))
-  assert float(value) == pytest.approx(0, abs=1e-6)
-  assert all(np.isfinite(grad).all() for grad in grads)
-
-
-# --- drawing negatives ---
-
-def test_draws_follow_the_softmax_of_the_allowed():
-  """Scores log 1, log 2, log 3 and a huge one that is not allowed: shares 1/6, 2/6, 3/6, 0."""
-  rows = 6000
-  scores = np.tile(np.log([1, 2, 3, 1e9]), (rows, 1)).astype(np.float32)
-  allowed = np.tile([True, True, True, False], (rows, 1))
-  choice, found = jax.jit(losses.draw)(*on_mesh(s=scores, a=allowed), jax.random.key(0))
-  shares = np.bincount(choice, minlength=4) / rows
-  np.testing.assert_allclose(shares, [1 / 6, 2 / 6, 3 / 6, 0], atol=0.02)
-  assert shares[3] == 0 and np.all(found)
-
-
-def test_a_draw_from_nothing_says_so():
-  allowed = np.array([[False, False], [False, True]])
-  choice, found = losses.draw(*on_mesh(s=np.zeros((2, 2), np.float32), a=allowed),
-                              jax.random.key(0))
-  assert found.tolist() == [False, True] and choice[1] == 1
-
-
-def test_swapped_regions():
-  """No region keeps its box, slots without a region keep theirs, every other box is as likely."""
-  rows = 6000
-  valid = np.random.default_rng(0).random((rows, REGIONS)) < 0.7
-  boxes = np.tile(np.arange(REGIONS, dtype=np.float32)[:, None], (rows, 1, 4))  # box k: k, k, k, k
-  swapped, possible = jax.jit(losses.swapped_regions)(
-      *on_mesh(b=boxes, v=valid), jax.random.key(0))
-  source = np.asarray(swapped)[..., 0].astype(int)
-  np.testing.assert_array_equal(np.asarray(swapped), np.repeat(source[..., None], 4, -1))
-  np.testing.assert_array_equal(possible, valid.sum(1) >= 2)
-  slot = np.arange(REGIONS)
-  for row, keep in enumerate(valid):
-    if keep.sum() < 2:
-      assert (source[row] == slot).all()
-    else:
-      assert not (source[row] == slot)[keep].any()
-      assert sorted(source[row][keep]) == slot[keep].tolist()
-      assert (source[row] == slot)[~keep].all()
-  full = source[valid.all(1)]
-  assert len(full) > 1000
-  for k in range(REGIONS):
-    shares = np.bincount(full[:, k], minlength=REGIONS) / len(full)
-    np.testing.assert_allclose(np.delete(shares, k), 1 / 3, atol=0.06)
-
-
-def test_mentions_fit_where_all_their_regions_exist():
-  slots = np.array([[[-1, 0, 2], [-1, -1, -1]], [[3, -1, -1], [1, 1, 0]]], np.int32)  # [C, S, T]
-  valid = np.array([[1, 1, 1, 0], [1, 0, 0, 1]], bool)
-  fits = losses.mentions_fit(*on_mesh(s=slots, v=valid))
-  assert fits.tolist() == [[[True, True], [False, True]], [[False, True], [True, False]]]
-
-
 # --- ITM ---
 
 class Seen(NamedTuple):
@@ -256,6 +114,9 @@ class Stub:
   def __init__(self, region_mode="tokens"):
     self.config = dataclasses.replace(STUDENT, region_mode=region_mode)
     self.pairs = []
+
+  def temperature(self):
+    return 1.0
 
   def slots(self, tokens):
     return mention_slots(tokens, jnp.asarray(OPENS_BRACKET), jnp.asarray(DIGIT))
@@ -289,12 +150,14 @@ def rows():
 
 
 @functools.partial(jax.jit, static_argnames=("region_mode", "region_swap"))
-def jitted_itm(batch, scores, keys, region_mode, region_swap):
+def jitted_itm(batch, scores, key, region_mode, region_swap):
   stub = Stub(region_mode)
   sight = stub.see(batch["features"], batch["boxes"], batch["region_valid"])
-  negatives = losses.draw_negatives(stub, batch, scores, keys[1], keys[3])
-  found = losses.itm_rows(stub, batch["features"], batch, sight, negatives,
-                          {"region_swap": region_swap}, keys)
+  # Statement k is the unit vector k, so that what an image is there is their similarity.
+  vectors = {"image": layers.reshape(scores, IMAGES, 1, IMAGES * TEXTS), "text": batch.pop("basis")}
+  weights = tiny.LOSS | {"itc": 0.0, "region_swap": region_swap}
+  _, drawn = losses.student_objective(weights).across(stub, vectors, batch, key)
+  found = losses.itm_rows(stub, batch | drawn, sight, weights, [None] * 3)
   (sight, tokens, logits), other_image, *swapped = stub.pairs  # own and other texts share a pass
   own, other_text = ((sight, tokens[:, part], logits[:, part])
                      for part in (slice(0, TEXTS), slice(TEXTS, 2 * TEXTS)))
@@ -303,9 +166,9 @@ def jitted_itm(batch, scores, keys, region_mode, region_swap):
 
 def run_itm(rows, scores, seed=0, region_mode="tokens", region_swap=1.0):
   """-> {name: (loss, accuracy)}, {name: (image and regions, texts, logits)}, all in NumPy."""
-  keys = list(jax.random.split(jax.random.key(seed), 7))
-  found, pairs = jitted_itm(put(rows), *on_mesh(s=scores.astype(np.float32)), keys, region_mode,
-                            region_swap)
+  basis = np.eye(IMAGES * TEXTS, dtype=np.float32).reshape(IMAGES, TEXTS, -1)
+  found, pairs = jitted_itm(put(rows | {"basis": basis}), *on_mesh(s=scores.astype(np.float32)),
+                            jax.random.key(seed), region_mode, region_swap)
   return ({name: found[name] for name in ORDER if name in found},
           jax.tree.map(np.asarray, pairs))
 

@@ -4,6 +4,7 @@ import math
 from types import SimpleNamespace
 
 import jax
+from jax.experimental import pallas as pl
 import jax.numpy as jnp
 import pytest
 from tensorboardX.proto import event_pb2  # the format of TensorBoard's files
@@ -190,7 +191,7 @@ def test_the_gradient_of_a_product_is_two_products_and_remat_adds_the_recomputed
   def loss(x, w):
     return jnp.tanh(x @ w).sum()
   one = 2 * 4 * 8 * 8
-  plain, remat = (jax.grad(f, argnums=(0, 1)) for f in (loss, jax.checkpoint(loss)))
+  plain, remat = (jax.value_and_grad(f, argnums=(0, 1)) for f in (loss, jax.checkpoint(loss)))
   assert step_flops(traced(plain, (4, 8), (8, 8))) == 3 * one
   assert step_flops(traced(remat, (4, 8), (8, 8))) == 4 * one
 
@@ -205,6 +206,18 @@ def test_a_patch_convolution_and_its_gradients_agree_with_xla():
   gradients = traced(jax.grad(lambda *a: patchify(*a).sum() ** 2, argnums=(0, 1)), *shapes)
   assert step_flops(gradients) == 3 * one
   assert gradients.lower().compile().cost_analysis()["flops"] == pytest.approx(3 * one, rel=0.01)
+
+
+def test_a_kernel_counts_once_for_each_point_of_its_grid():
+  def kernel(x, y, out):
+    out[...] = x[...] @ y[...]
+
+  def product(x, y):  # in 4 x 2 blocks of 8 x 16
+    return pl.pallas_call(
+      kernel, grid=(4, 2), out_shape=jax.ShapeDtypeStruct((32, 32), jnp.float32),
+      in_specs=[pl.BlockSpec((8, 5), lambda i, j: (i, 0)), pl.BlockSpec((5, 16), lambda i, j: (0, j))],
+      out_specs=pl.BlockSpec((8, 16), lambda i, j: (i, j)))(x, y)
+  assert step_flops(traced(product, (32, 5), (5, 32))) == 2 * 32 * 5 * 32
 
 
 def test_branches_count_by_the_longest_and_shards_by_their_number():

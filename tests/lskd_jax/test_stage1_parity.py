@@ -9,15 +9,17 @@ from types import SimpleNamespace
 
 from flax import nnx
 import jax
+from jax.sharding import reshard
 import numpy as np
 import pytest
 import torch
 
-from lskd_jax import losses, step, trees
+from lskd_jax import contrast, losses, step, trees
 from lskd_jax.convert import tables
 from lskd_jax.models.qformer import QFormerConfig
 from lskd_jax.models.student import StudentConfig
 from lskd_jax.models.vit import VitConfig
+from lskd_jax.parallel import REPLICATED
 from tests.lskd_jax import tiny, torch_stage1
 from tests.lskd_jax.test_hf import SHAPES
 from tests.lskd_jax.tiny import put
@@ -298,9 +300,9 @@ def jitted_scores(student, batch):
   features, tokens = student.vit(batch["image"]), batch["tokens"]
   sight = student.see(features, batch["boxes"], batch["region_valid"])
   queries = student.read_image(sight)[0]
-  scores = losses.similarity(student.embed_image(queries), student.embed_text(tokens))
+  image, text = student.embed_image(queries), reshard(student.embed_text(tokens), REPLICATED)
   return {"features": features, "queries": queries, "itm": student.match(sight, tokens)[:, 0],
-          "scores": scores[..., 0]}
+          "scores": contrast.similarity(image, text)[..., 0]}
 
 
 def test_bfloat16_errs_as_little_as_pytorch(one_device):

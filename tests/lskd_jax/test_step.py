@@ -1,5 +1,4 @@
 """The training step: one compilation, frozen parts, microbatches, and losses that fall."""
-import dataclasses
 from types import SimpleNamespace
 
 from flax import nnx
@@ -11,14 +10,13 @@ import pytest
 
 from lskd_jax import losses, step
 from lskd_jax.losses import Weighted
-from lskd_jax.parallel import ACT_B
 from tests.lskd_jax import tiny
 from tests.lskd_jax.tiny import put, student
 
 pytestmark = pytest.mark.usefixtures("one_device")
 
 KEY = jax.random.key(0)
-STEPS = 120  # at 100 a word is still wrong now and then, depending on rounding
+STEPS = 140  # at 120 a word is still wrong now and then, depending on rounding
 
 
 def snapshot(tree):
@@ -27,7 +25,7 @@ def snapshot(tree):
 
 @pytest.fixture(scope="module")
 def trained(one_device):
-  """A student after 100 steps on one batch, and what was seen on the way."""
+  """A student after STEPS steps on one batch, and what was seen on the way."""
   compiled = []
   listen = lambda event, *_, **__: compiled.append(event) if "backend_compile" in event else None
   train, state, frozen = tiny.training(student(closed=tiny.GATES))
@@ -41,7 +39,8 @@ def trained(one_device):
     per_step.append(len(compiled) - start)
     metrics.append(values)
   jax.monitoring.unregister_event_duration_listener(listen)
-  metrics = {name: [float(values[name]) for values in metrics] for name in metrics[0]}
+  metrics = {name: [float(values[name]) for values in metrics] for name in metrics[0]
+             if name != "examples"}
   return SimpleNamespace(state=state, frozen=frozen, rows=rows, before=before, metrics=metrics,
                          compiled=per_step)
 
@@ -103,54 +102,6 @@ def test_a_batch_of_one_image_has_finite_losses():
   assert means["itc"] == pytest.approx(0, abs=1e-5) and means["itm"] > 0 and means["lm"] > 0
   assert float(metrics["itm_other_text_right"].weight) == 0
   assert float(metrics["itm_region_swap_right"].weight) == 2
-
-
-# --- microbatches ---
-
-LM_ONLY = tiny.LOSS | {"itc": 0.0, "itm": 0.0, "smoothing": 0.1}
-
-
-def test_microbatches_add_up_to_the_batch():
-  """Loss and gradients, though the parts have unequal numbers of words: no mean of means."""
-  rows = tiny.batch(statements=4)
-  del rows["image"]  # cached features and no region tokens keep the program small
-  rows["features"] = np.random.default_rng(0).normal(size=(4, 17, 16)).astype(np.float32)
-  words = (rows["fields"] > 0).sum((0, 2))
-  assert words[:2].sum() != words[2:].sum()
-  metrics, params = [], []
-  config = dataclasses.replace(tiny.STUDENT, region_mode="none")
-  for parts in (1, 2):
-    train, state, frozen = tiny.training(student(config), loss=LM_ONLY, optimizer=optax.sgd(1.0),
-                                         microbatches=parts)
-    state, found = train(state, frozen, put(rows), KEY)
-    metrics.append({name: float(value) for name, value in found.items()})
-    params.append(snapshot(state["params"]))
-  assert metrics[1] == pytest.approx(metrics[0], rel=1e-5)
-  jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), *params)
-
-
-def test_microbatches_are_refused_where_negatives_would_shrink():
-  with pytest.raises(ValueError, match="microbatches=2 cannot be combined with itc and itm: a part"):
-    tiny.training(student(), microbatches=2)
-  with pytest.raises(ValueError, match="cannot be combined with itm"):
-    tiny.training(student(), loss=tiny.LOSS | {"itc": 0.0}, microbatches=2)
-
-
-def test_microbatches_must_divide_the_statements():
-  with pytest.raises(ValueError, match="microbatches=3 does not divide data.statements=2"):
-    step.split_statements(tiny.batch(), 3)
-
-
-def test_a_microbatch_has_all_images_and_some_of_their_statements():
-  rows = tiny.batch(statements=4)
-  first, second = step.split_statements(put(rows), 2)
-  for name, values in rows.items():
-    if name in ("tokens", "fields", "statement_valid"):
-      np.testing.assert_array_equal(first[name], values[:, :2])
-      np.testing.assert_array_equal(second[name], values[:, 2:])
-      assert jax.typeof(first[name]).sharding.spec[0] == ACT_B[0]
-    else:
-      np.testing.assert_array_equal(second[name], values)
 
 
 # --- randomness ---

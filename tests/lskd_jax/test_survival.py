@@ -59,7 +59,8 @@ class Processes:
     with socket.socket() as found:
       found.bind(("localhost", 0))
       port = found.getsockname()[1]
-    self.workdir = workdir
+    self.workdir, self.metrics = workdir, workdir / "metrics.jsonl"
+    self.before = self.metrics.exists() and self.metrics.stat().st_ino  # a run makes the file anew
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "JAX_NUM_CPU_DEVICES": str(2 // count)}
     self.log = workdir.with_suffix(".log").open("a")
     self.children = []
@@ -84,9 +85,10 @@ class Processes:
     return self.workdir.with_suffix(".log").read_text()
 
   def at_step(self, step):
-    """Waits until the metrics have a line of this step."""
+    """Waits until this run has written a line of this step."""
     end = time.monotonic() + LONG
-    while not any(line["step"] >= step for line in read_metrics(self.workdir / "metrics.jsonl")):
+    while (not self.metrics.exists() or self.metrics.stat().st_ino == self.before
+           or not any(line["step"] >= step for line in read_metrics(self.metrics))):
       assert time.monotonic() < end and all(child.poll() is None for child in self.children), self.said()
       time.sleep(0.01)
     return self
@@ -144,7 +146,7 @@ def test_a_lost_process_and_a_sigterm_to_one_of_two_change_nothing_but_time(fold
 def test_a_process_that_stands_still_is_named_and_the_run_ends(folder):
   workdir = folder / "stuck"
   with Processes(workdir, 2, "--config.train.hang_after=5.0") as run:
-    run.at_step(3).children[1].send_signal(signal.SIGSTOP)
+    run.at_step(20).children[1].send_signal(signal.SIGSTOP)
     assert run.children[0].wait(timeout=LONG) == STUCK, run.said()
   assert "process 1 is late" in json.loads((workdir / "crash-0.json").read_text())["reason"]
   assert "train.py" in (workdir / "stacks-0.txt").read_text()

@@ -19,7 +19,7 @@ from lskd_jax.metrics import read_metrics
 from lskd_jax.models import build
 from lskd_jax.prepare import first_difference, sized
 from lskd_jax.train import Run, needs_more, train
-from lskd_jax.trees import named_leaves
+from lskd_jax.trees import named_leaves, read_manifest
 
 RATES = {"steps_per_second", "images_per_second", "statements_per_second", "data_wait_share",
          "evaluation_share", "save_share", "step_share", "mfu"}
@@ -265,6 +265,22 @@ def test_a_frozen_vit_stays_bit_for_bit_and_the_rest_learns(folder, words, stude
   assert len(losses) == 4 and losses[-1] < losses[0]
 
 
+def test_a_vit_that_was_frozen_in_bfloat16_leaves_with_all_its_bits(folder, words):
+  """On the device and in `frozen/` are its rounded kernels, in the model directory the original ones."""
+  config = words_config(folder, init=dict(model=str(words / "model"), parts=("vit",)))
+  config.model.dtype = "bfloat16"
+  config.train.update(frozen=("vit",), frozen_dtype="bfloat16")
+  config.optim.steps = 2
+  workdir = folder / "runs/narrow"
+  run(config, workdir)
+  stored = read_manifest(workdir / "frozen")
+  assert {stored[name]["dtype"] for name in stored if name.endswith("kernel")} == {"bfloat16"}
+  initial, trained = parameters(words), parameters(workdir)
+  for name in initial:
+    same = np.array_equal(trained[name], initial[name])
+    assert same == name.startswith("vit/") and trained[name].dtype == np.float32, name
+
+
 def test_the_step_compiles_once(student):
   _, watch = student
   assert sorted(watch.before) == [1, 2, 3, 4]
@@ -328,14 +344,15 @@ def test_a_critic_learns_judgements_from_the_students_features(folder, student, 
 
 
 @pytest.mark.parametrize("groups,error", [
-    (dict(train=dict(microbatches=2), loss=dict(itc=1.0)),
-     "train.microbatches=2 cannot be combined with itc: .* Set train.microbatches=1"),
+    (dict(train=dict(microbatches=64)),
+     "train.microbatches=64: 2 images over 1 groups .* cannot be divided into 64 equal parts; make data"),
+    (dict(loss=dict(itc_block=5)), "loss.itc_block=5 does not divide data.batch_size=2: set it to a divisor"),
+    (dict(loss=dict(pool=5)), "loss.pool=5 does not divide data.batch_size=2: set it to a divisor, or to 0"),
     (dict(train=dict(frozen=("vitt",))), "train.frozen: the model has no part 'vitt'; its parts are"),
     (dict(train=dict(frozen=()), data=dict(cache_features=True)), "add 'vit' to train.frozen"),
     (dict(data=dict(cache_features=True, region_mode="overlay")), "images=False has no pixels"),
     (dict(task="teacher"), "task 'teacher' is unknown: choose tagger, student, generative, critic"),
     (dict(train=dict(mesh=dict(fsdp=64))), "train.mesh.fsdp=64 needs 64 devices, there are 8"),
-    (dict(task="tagger", train=dict(microbatches=2)), "train.microbatches=2: a tagger"),
     (dict(task="critic", data=dict(texts=dict(captions=0.1))), "data.texts.captions=0.1: a critic"),
 ])
 def test_what_cannot_be_trained_is_one_line(folder, tmp_path, groups, error):

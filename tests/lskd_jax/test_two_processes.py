@@ -1,4 +1,4 @@
-"""One training step by two processes on two devices is the step of one process on one device.
+"""One training step by two processes on four devices is the step of one process on one device.
 
 Run as a script, this file is one of the two processes.
 """
@@ -8,6 +8,7 @@ import socket
 import subprocess
 import sys
 
+import jax
 import numpy as np
 import pytest
 
@@ -54,7 +55,7 @@ def test_two_processes_train_as_one(tmp_path, task, logged):
   corpus_stages.verbalize_scenes(tmp_path / "words", 8, progress=False)
   corpus_stages.teach_corpus(tmp_path / "words", tmp_path / "taught", progress=False)
   port = str(free_port())
-  environment = {**os.environ, "PYTHONPATH": str(ROOT), "JAX_NUM_CPU_DEVICES": "1"}
+  environment = {**os.environ, "PYTHONPATH": str(ROOT), "JAX_NUM_CPU_DEVICES": "2"}
   with (tmp_path / "log").open("w") as log:
     processes = [subprocess.Popen([sys.executable, __file__, port, str(i), str(tmp_path), task],
                                   env=environment, stdout=log, stderr=log) for i in (0, 1)]
@@ -64,7 +65,10 @@ def test_two_processes_train_as_one(tmp_path, task, logged):
     finally:
       for process in processes:
         process.kill()
-  assert codes == [0, 0], (tmp_path / "log").read_text()[-3000:]
+  text = (tmp_path / "log").read_text()
+  assert codes == [0, 0], text[-3000:]
+  assert text.count("processes         2 on 1 host") == 1  # process 0 alone speaks
+  assert "rows per process  2 of 4" in text and (tmp_path / "two" / "parameters.txt").exists()
 
   (one,), (two,) = (read_metrics(tmp_path / name / "metrics.jsonl") for name in ("one", "two"))
   for name in ("loss", "grad_norm", *logged):
@@ -76,7 +80,24 @@ def test_two_processes_train_as_one(tmp_path, task, logged):
     np.testing.assert_allclose(two[name], one[name], atol=1e-5, err_msg=name)
 
 
+def share_rows(number):
+  """A batch on meshes whose rows are not those of process 0, then those of process 1."""
+  here = jax.devices()
+  interleaved = parallel.make_mesh(fsdp=4, devices=[here[i] for i in (0, 2, 3, 1)])
+  across = parallel.make_mesh(tensor=4)  # both have all rows, and their part of each weight
+  whole = np.arange(12.0, dtype=np.float32).reshape(4, 3)
+  weights = np.arange(12.0, dtype=np.float32).reshape(3, 4)
+  for mesh, own in ((interleaved, [[0, 3], [1, 2]][number]), (across, [0, 1, 2, 3])):
+    assert parallel.own_rows(mesh, 4).tolist() == own
+    rows = parallel.put_batch({"rows": whole[own]}, mesh)["rows"]
+    split = parallel.put_whole(weights, jax.NamedSharding(mesh, jax.P(None, "tensor")))
+    with jax.set_mesh(mesh):
+      product = jax.jit(lambda a, b: jax.reshard(a, jax.P()) @ jax.reshard(b, jax.P()))(rows, split)
+    np.testing.assert_array_equal(product, whole @ weights)
+
+
 if __name__ == "__main__":
   port, number, folder, task = sys.argv[1:]
   parallel.initialize(f"localhost:{port}", 2, int(number))
-  train(config_for(Path(folder), 2, task), Path(folder) / "two", progress=False)
+  share_rows(int(number))
+  train(config_for(Path(folder), 4, task), Path(folder) / "two", progress=False, announce=print)

@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import pytest
 
 from lskd_jax import watchdog
-from lskd_jax.exit_codes import STUCK
+from lskd_jax.exit_codes import PEER_LOST, STUCK
 from lskd_jax.peers import LocalStore
 from lskd_jax.watchdog import Watchdog
 
@@ -67,6 +67,16 @@ def test_a_process_that_compiles_is_waited_for_by_itself_and_by_others(run, phas
   assert run.codes == {0: STUCK}
 
 
+def test_a_process_that_is_gone_is_not_waited_for_even_if_it_was_compiling(run):
+  """The board is a second old: it may have stopped in a step since."""
+  put(run, ("step", "compile"), (8, 7))
+  run.clock.now += 400
+  look(run.dogs[0], watchdog.SILENT)
+  assert run.codes == {}
+  look(run.dogs[0], 3)
+  assert run.codes == {0: STUCK}
+
+
 def test_slow_steps_have_ten_times_their_median(run):
   dog = run.dogs[0]
   for step in range(5):
@@ -78,14 +88,36 @@ def test_slow_steps_have_ten_times_their_median(run):
   assert dog.limit("compile") == 3600
 
 
-def test_the_board_is_written_only_when_something_changed(run):
-  dog = run.dogs[0]
-  written = []
-  dog._store.set = lambda key, text: written.append(key)
-  dog.at("step", 1)
-  for _ in range(3):
+def look(dog, times):
+  for _ in range(times):
     dog.look()
-  assert written == ["board/0"]
+
+
+def test_a_process_without_a_sign_of_life_in_training_is_lost(run):
+  put(run, ("save", "save"), (8, 8))
+  look(run.dogs[0], watchdog.SILENT)
+  assert run.codes == {}
+  run.dogs[0].look()
+  run.dogs[0].look()
+  assert run.codes == {0: PEER_LOST}
+  assert "process 1 has given no sign of life since step 8 in save" in (
+    run.folder / "crash-0.json").read_text()
+
+
+def test_a_process_that_compiles_may_be_silent(run):
+  """One call into C++ may keep all of its threads out."""
+  put(run, ("step", "compile"), (8, 8))
+  look(run.dogs[0], 5 * watchdog.SILENT)
+  assert run.codes == {}
+
+
+def test_the_end_of_another_process_with_an_error_ends_a_process_that_waits_for_it(run):
+  put(run, ("restore", "restore"), (0, 0))
+  run.dogs[0]._store.set("left/1", "1")
+  look(run.dogs[0], watchdog.LEFT)
+  assert run.codes == {}
+  look(run.dogs[0], 3)
+  assert run.codes == {0: PEER_LOST}
 
 
 def test_sigusr1_shows_where_a_run_is_without_ending_it(tmp_path):

@@ -32,7 +32,7 @@ QFORMER = QFormerConfig(vocabulary=VOCABULARY, width=32, depth=2, heads=4, hidde
 STUDENT = StudentConfig(vit=VIT, qformer=QFORMER, embed=16, max_regions=REGIONS)
 
 LOSS = {"itc": 1.0, "itm": 1.0, "lm": 1.0, "region_swap": 1.0, "question": 1.0, "end": 0.0,
-        "smoothing": 0.0, "detach_gathered": False}
+        "smoothing": 0.0, "detach_gathered": False, "itc_block": 0, "pool": 0}
 # Epsilon is large, so that an update is a smooth function of its gradient: Adam turns a gradient
 # that is zero but for rounding, such as that of a key's bias, into a full step either way.
 ADAM = SimpleNamespace(learning_rate=1e-2, warmup_steps=0, steps=100, final_share=0.1, clip_norm=1.0,
@@ -122,9 +122,8 @@ def training(model, *, loss=LOSS, optimizer=None, frozen=("vit", "words"), micro
   """The step of a student, its first state and its frozen part."""
   optimizer = optim.optimizer(ADAM) if optimizer is None else optimizer
   graph, params, frozen = step.split(model, frozen)
-  objective = lambda model, batch, key: losses.student_loss(model, batch, loss, key)
   weights = {name: loss[name] for name in ("itc", "itm", "lm")}
-  train_step = step.make_train_step(graph, optimizer, objective, weights, microbatches)
+  train_step = step.make_train_step(graph, optimizer, losses.student_objective(loss), weights, microbatches)
   return train_step, step.init_state(params, optimizer), frozen
 
 
