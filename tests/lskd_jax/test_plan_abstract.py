@@ -103,5 +103,5 @@ def test_a_shape_that_libtpu_does_not_know_is_one_line(tmp_path, monkeypatch):
   from lskd_jax.plan import run
   monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
   with pytest.raises(DataError, match="v5e:3x5: libtpu refuses it"):
-    run.measured("configs/scenes_student.py", [*SMALL, "data.batch_size=15", "train.mesh.fsdp=-1"], topology.parse("v5e:3x5"),
-                 quiet=True)
+    run.measured("configs/scenes_student.py", [*SMALL, "data.batch_size=15", "train.mesh.fsdp=-1"],
+                 topology.parse("v5e:3x5"), quiet=True)
