@@ -18,10 +18,11 @@ setup(
     long_description_content_type="text/markdown",
     license="Apache-2.0",
     python_requires=">=3.11",  # the oldest that jax 0.10 runs on
-    packages=find_packages(include=["lskd_jax*", "data_pipeline*", "configs*"]),
+    packages=find_packages(include=["lskd_jax*", "data_pipeline*", "configs*", "launch*"]),
     package_data={
         # What the report and the published dataset need beside code.
         "data_pipeline": ["**/*.jinja", "**/*.html", "**/*.md", "**/*.bib", "**/*.txt"],
+        "launch": ["*.sh"],
     },
     entry_points={"console_scripts": ["lskd = lskd_jax.cli:main"]},
     # A lower bound is the version that this was developed and tested with, unless a comment says
@@ -48,6 +49,7 @@ setup(
         "simplejpeg>=1.9,<2",  # decodes JPEG several times faster than pillow
         "transformers>=5.23,<5.24",  # weights are mapped by key, and keys change between minors
         "tokenizers>=0.23.1,<0.24",  # what transformers 5.23 needs
+        "pyyaml>=6.0",  # Kubernetes and SkyPilot files; comes with orbax
         # --- teachers, reports, progress
         "openai>=3.52,<4",  # client of any server with this protocol; majors rename calls
         "jinja2>=3.1",  # no feature newer than this is used; the same for those below

@@ -45,7 +45,7 @@ def read_arguments(argv: list[str]) -> argparse.Namespace:
   planning.add_verbs(verbs)
   models.add_verbs(verbs)
   args, rest = parser.parse_known_args(argv)
-  args.overrides = []
+  args.argv, args.overrides = argv, []
   for argument in rest:
     if not (argument.startswith("--config.") and args.run in (training.train, planning.plan)):
       args.parser.error(f"unrecognized argument: {argument}")

@@ -10,7 +10,7 @@ import sys
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
-PACKAGES = ("lskd_jax", "data_pipeline", "configs")
+PACKAGES = ("lskd_jax", "data_pipeline", "configs", "launch")
 SOURCES = sorted(path for package in PACKAGES for path in (ROOT / package).rglob("*.py"))
 LONGEST_FILE = 400  # lines: what can be read in one sitting
 
@@ -23,7 +23,7 @@ ORDER = [
     ["lskd_jax.parallel"],
     ["lskd_jax.models.layers"],
     ["lskd_jax.models.vit", "lskd_jax.models.qformer", "lskd_jax.models.regions",
-     "lskd_jax.models.decoders"],  # the towers
+     "lskd_jax.models.decoders", "lskd_jax.models.fused_attention"],  # the towers
     ["lskd_jax.models"],  # student, critic, generate: what is made of towers
     ["lskd_jax.rows", "lskd_jax.contrast", "lskd_jax.negatives", "lskd_jax.losses"],
     ["lskd_jax.step"],
@@ -88,6 +88,15 @@ def test_configs_import_ml_collections_and_each_other_only(module):
   assert {top(name) for name in imports(MODULES[module])} <= allowed
 
 
+@pytest.mark.parametrize("module", modules_of("launch"))
+def test_the_launcher_starts_without_jax(module):
+  """It runs on laptops and looks after machines; of ours it takes the restart policy, configs and files."""
+  allowed = {"launch", "configs", "ml_collections", "yaml"} | set(sys.stdlib_module_names)
+  ours = {"lskd_jax.supervisor", "lskd_jax.exit_codes", "lskd_jax.config_files", "data_pipeline.records",
+          "data_pipeline.stages", "lskd_jax"}
+  assert {name for name in imports(MODULES[module]) if top(name) not in allowed} <= ours
+
+
 @pytest.mark.parametrize("module", modules_of("lskd_jax"))
 def test_lskd_jax_imports_in_one_direction(module):
   ours = {name for name in imports(MODULES[module]) if top(name) == "lskd_jax"}
@@ -129,7 +138,7 @@ def test_files_are_readable_in_one_sitting(path):
 
 
 def python_files():
-  return [*SOURCES, *(path for folder in ("tests", "launch", "benchmarks")
+  return [*SOURCES, *(path for folder in ("tests", "benchmarks")
                       for path in (ROOT / folder).rglob("*.py"))]
 
 

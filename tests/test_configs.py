@@ -23,7 +23,8 @@ from lskd_jax.models.vit import CLIP_VIT_L, EVA_VIT_G
 from lskd_jax.prepare import loader_options
 
 FOLDER = Path(common.__file__).parent
-ALL = sorted(path.stem for path in FOLDER.glob("[a-z]*.py"))
+ALL = sorted(path.stem for path in FOLDER.glob("[a-z]*.py")
+             if not path.stem.startswith("launch"))  # of machines, not of runs: tests/launch
 DEFAULTS = ("common", "scenes")  # what runs start from; no runs of their own
 RUNS = [name for name in ALL if name not in DEFAULTS]
 VOCABULARY = 600

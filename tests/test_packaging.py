@@ -48,7 +48,7 @@ def test_the_version_is_written_once(described):
 
 
 def test_every_imported_package_is_a_declared_dependency(described):
-  imported_as = {"pillow": "PIL", "orbax_checkpoint": "orbax"}
+  imported_as = {"pillow": "PIL", "pyyaml": "yaml", "orbax_checkpoint": "orbax"}
   names = [re.match(r"[\w-]+", requirement)[0].replace("-", "_")
            for requirement in described["install_requires"]]
   declared = {imported_as.get(name, name) for name in names}

@@ -1,10 +1,12 @@
 """`lskd train` and `lskd watch`."""
 import contextlib
 import functools
+import math
 from pathlib import Path
 import sys
 import time
 
+from data_pipeline.records import DataError
 from lskd_jax.commands import folders
 from lskd_jax.commands.arguments import add_verb, count, seed
 
@@ -30,6 +32,11 @@ def add_verbs(verbs) -> None:
                      help="how many there are; with --multi-host, how many there have to be")
   group.add_argument("--heartbeat", type=count, default=100, metavar="SECONDS",
                      help="a process that is silent for so long is taken for dead (default: 100)")
+  group = p.add_argument_group("several processes on this machine, restarted when they are lost")
+  group.add_argument("--local-processes", type=count, metavar="N",
+                     help="logs in DIR/logs; the mesh must cover all of their devices")
+  group.add_argument("--devices-per-process", type=count, metavar="D",
+                     help="CPU devices of each; what the mesh needs if not given")
 
   p = add_verb(verbs, "watch", watch, "see how a run is doing: curves, time, what it lost to restarts",
                "lskd watch --workdir runs/student")
@@ -41,6 +48,8 @@ def add_verbs(verbs) -> None:
 
 def train(args) -> None:
   """Trains or resumes what a config file describes, or does one of its steps again."""
+  if args.local_processes:
+    sys.exit(train_locally(args))
   began = time.time()
   from lskd_jax import peers, preemption
   # First of all: what follows, imports, corpus and compiles, takes minutes.
@@ -73,7 +82,6 @@ def run_config(args, stop, began: float) -> None:
 
 def show(found, process: int) -> None:
   """Prints a step that was done again; raises DataError if it came out different."""
-  from data_pipeline.records import DataError
   if process == 0:
     print(found.line())
     print("\n".join(found.report()), file=sys.stderr)
@@ -85,3 +93,35 @@ def watch(args) -> None:
   """Prints how a run is doing, until it is finished."""
   from lskd_jax import watch as screen
   screen.watch(args.workdir, args.once, tuple(args.metric))
+
+
+def train_locally(args) -> int:
+  """Runs this very command as several processes of this machine; the run's exit code.
+
+  Raises DataError if the mesh cannot be spread evenly over that many processes.
+  """
+  from lskd_jax.config_files import load_config
+  from lskd_jax.supervisor import supervise
+  config = load_config(args.config, args.overrides)
+  processes, devices = args.local_processes, args.devices_per_process
+  if devices is None:
+    axes = config.train.mesh.to_dict()
+    needed = math.prod(size for size in axes.values() if size > 0)
+    if -1 in axes.values():  # derived from what there is: as few as fit
+      needed = math.lcm(needed, processes)
+    if needed % processes:
+      raise DataError(f"train.mesh needs {needed} device{'s' if needed > 1 else ''}, which cannot be spread "
+                      f"over {processes} processes: try --config.train.mesh.data={processes}")
+    devices = needed // processes
+  own = without(args.argv, ("--local-processes", "--devices-per-process"))
+  return supervise([sys.executable, "-m", "lskd_jax.cli", *own], processes, args.workdir, devices=devices)
+
+
+def without(argv: list[str], flags: tuple[str, ...]) -> list[str]:
+  """Arguments less these flags and their values, whether written `--flag 2` or `--flag=2`."""
+  kept, is_value = [], False
+  for word in argv:
+    if not is_value and word.partition("=")[0] not in flags:
+      kept.append(word)
+    is_value = word in flags
+  return kept

@@ -36,7 +36,7 @@ class Critic(nnx.Module):
     """A batch with `features` or `image` -> accept logits [B, S, 2], answer and rationale [B, S]."""
     student = self.student
     features = batch["features"] if "features" in batch else student.vit(batch["image"])
-    sight = student.see(features, batch["boxes"], batch["region_valid"])
+    sight = student.see(features, batch["boxes"], batch["region_valid"], once=True)
     key = key if student.config.qformer.dropout else None
     states = student.fuse(sight, batch["tokens"], key).astype(jnp.float32)
     return self.accept(states).mean(2), self.answer(states).mean(2), self.rationale(states).mean(2)

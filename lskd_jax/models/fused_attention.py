@@ -15,42 +15,42 @@ from lskd_jax.parallel import BATCH
 
 LANES = 128       # blocks of tokens are multiples of a vector register's width
 MAX_BLOCK = 640   # tokens; a block of float32 scores is then 1.6 MB of on-chip memory
-LAYOUT = P(BATCH, "tensor", None, None)
+LAYOUT = P(BATCH, "tensor", None, None)  # [B, h, T, k], as the kernel reads
 
 
-def attend(queries: jax.Array, keys: jax.Array, values: jax.Array, interpret: bool = False) -> jax.Array:
-  """softmax(q k / sqrt(k)) v among the tokens of each row, as `layers.attend` without a mask.
+def attend(queries: jax.Array, keys: jax.Array, values: jax.Array, tokens: int,
+           interpret: bool = False) -> jax.Array:
+  """softmax(q k / sqrt(width of a head)) v among the first `tokens` tokens of each row.
 
   Args:
-    queries, keys, values: [B, 1, T, h, k].
+    queries, keys, values: [B, h, T, k], T = `padded(tokens)`.
     interpret: runs the kernel's Python on any device, slowly: for tests.
 
   Returns:
-    [B, 1, T, h, k].
+    [B, h, T, k]; what stands behind `tokens` means nothing.
   """
-  tokens, width = queries.shape[2], queries.shape[-1]
-  padded = -(-tokens // LANES) * LANES
-
-  def rows(x):  # -> [B, h, padded T, k]
-    return jnp.pad(x[:, 0].swapaxes(1, 2), ((0, 0), (0, 0), (0, padded - tokens), (0, 0)))
-  queries = queries * jnp.asarray(1 / math.sqrt(width), queries.dtype)  # the kernel does not scale
+  queries = queries * jnp.asarray(1 / math.sqrt(queries.shape[-1]), queries.dtype)  # the kernel does not
   local = functools.partial(_local, tokens=tokens, interpret=interpret)
   # The kernel does not say over which axes its output varies, hence no check of that.
-  seen = jax.shard_map(local, in_specs=(LAYOUT,) * 3, out_specs=LAYOUT, check_vma=False)(
-      rows(queries), rows(keys), rows(values))
-  return seen[:, :, :tokens].swapaxes(1, 2)[:, None]
+  return jax.shard_map(local, in_specs=(LAYOUT,) * 3, out_specs=LAYOUT, check_vma=False)(
+      queries, keys, values)
+
+
+def padded(tokens: int) -> int:
+  """The number of tokens that the kernel reads for so many."""
+  return -(-tokens // LANES) * LANES
 
 
 def _local(queries, keys, values, *, tokens: int, interpret: bool):
   """One device's rows and heads, [b, h, T, k] each; tokens from `tokens` on are padding."""
-  heads, padded = queries.shape[1:3]
-  size = block(padded)
+  heads, length = queries.shape[1:3]
+  size = block(length)
   sizes = splash.BlockSizes(block_q=size, block_kv=size, block_q_dkv=size, block_kv_dkv=size,
                             block_q_dq=size, block_kv_dq=size)
-  mask = splash.MultiHeadMask([splash.FullMask((padded, padded))] * heads)
+  mask = splash.MultiHeadMask([splash.FullMask((length, length))] * heads)
   kernel = splash.make_splash_mha_single_device(mask, block_sizes=sizes, interpret=interpret)
   # Tokens see those of their own segment: padding sees padding alone.
-  segment = (jnp.arange(padded) >= tokens).astype(jnp.int32)
+  segment = (jnp.arange(length) >= tokens).astype(jnp.int32)
   return jax.vmap(kernel, (0, 0, 0, None))(queries, keys, values, splash.SegmentIds(segment, segment))
 
 

@@ -52,7 +52,7 @@ class Dense(nnx.Module):
   def __call__(self, x: jax.Array, out_spec=ACT_B) -> jax.Array:
     """x: [B, ..., *inputs] -> [B, ..., *outputs] in the compute dtype, laid out by `out_spec`."""
     contract = tuple(range(x.ndim - self.inputs, x.ndim)), tuple(range(self.inputs))
-    y = jax.lax.dot_general(x.astype(self.dtype), self.kernel[...].astype(self.dtype),
+    y = jax.lax.dot_general(x.astype(self.dtype), whole(self.kernel[...], self.dtype),
                             (contract, ((), ())), out_sharding=out_spec)
     return y if self.bias is None else y + self.bias[...].astype(self.dtype)
 
@@ -210,13 +210,14 @@ def gathered(model: nnx.Module) -> nnx.Module:
 def whole(kernel: jax.Array, dtype) -> jax.Array:
   """A kernel gathered over the rows' axes, for matrix products; its gradient is reduced where it was split.
 
-  Only matrix products take such an array (`reduced` in its spec): nothing can be added to it.
+  Only matrix products take such an array (`reduced` in its spec): nothing can be added to it. Left to itself,
+  XLA for TPUs would turn the product of a split kernel into a loop that reads the rows once per part.
   """
+  kernel = kernel.astype(dtype)
   sharding = jax.typeof(kernel).sharding
-  if all(sharding.mesh.shape[axis] == 1 for axis in BATCH):
+  if sharding.spec.reduced or "fsdp" not in sharding.spec or all(sharding.mesh.shape[a] == 1 for a in BATCH):
     return kernel
-  spec = jax.P(*_without_fsdp(sharding.spec), reduced=set(BATCH))
-  return jax.sharding.reshard(kernel.astype(dtype), spec)
+  return jax.sharding.reshard(kernel, jax.P(*_without_fsdp(sharding.spec.partitions), reduced=set(BATCH)))
 
 
 def fold_in(key, *numbers: int):

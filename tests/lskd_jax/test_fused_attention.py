@@ -8,28 +8,41 @@ import numpy as np
 import pytest
 
 from lskd_jax.models import fused_attention, layers, vit
-from lskd_jax.parallel import ACT_BSTHK, make_mesh
+from lskd_jax.parallel import make_mesh
+from tests.lskd_jax import tiny
 
 ROWS, TOKENS, HEADS, WIDTH = 2, 130, 2, 24  # tokens no multiple of 128, heads narrower than it
+
+
+def plain(*heads):
+  """`layers.attend` on [B, h, T, k]."""
+  return layers.attend(*(x.swapaxes(1, 2)[:, None] for x in heads))[:, 0].swapaxes(1, 2)
+
+
+def fused(*heads):
+  """The kernel, with noise where the padding is."""
+  extra = jnp.full((ROWS, HEADS, fused_attention.padded(TOKENS) - TOKENS, WIDTH), 7.0,
+                   out_sharding=fused_attention.LAYOUT)
+  padded = (jnp.concatenate([x, extra], 2) for x in heads)
+  return fused_attention.attend(*padded, TOKENS, interpret=True)[:, :, :TOKENS]
 
 
 @pytest.fixture(scope="module")
 def seen():
   """{which: (output, gradients)} on two devices that split the rows and two that split the heads."""
-  noise = np.random.default_rng(0).normal(size=(3, ROWS, 1, TOKENS, HEADS, WIDTH)).astype(np.float32)
+  noise = np.random.default_rng(0).normal(size=(3, ROWS, HEADS, TOKENS, WIDTH)).astype(np.float32)
   mesh = make_mesh(fsdp=2, tensor=2)
-  fused = lambda *rows: fused_attention.attend(*rows, interpret=True)
   results = {}
   with jax.set_mesh(mesh):
-    rows = [jax.device_put(x, jax.NamedSharding(mesh, ACT_BSTHK)) for x in noise]
-    for name, attend in {"fused": fused, "plain": layers.attend}.items():
-      output, pullback = jax.vjp(attend, *rows)
-      results[name] = output, pullback(rows[0])
+    heads = [jax.device_put(x, jax.NamedSharding(mesh, fused_attention.LAYOUT)) for x in noise]
+    for name, attend in {"fused": fused, "plain": plain}.items():
+      output, pullback = jax.vjp(jax.jit(attend), *heads)
+      results[name] = output, pullback(heads[0])
   return jax.tree.map(np.asarray, results)
 
 
 def test_it_is_plain_attention(seen):
-  """Padding, of tokens and of blocks, is seen by nobody."""
+  """What stands in the padding is seen by nobody."""
   np.testing.assert_allclose(seen["fused"][0], seen["plain"][0], atol=2e-5)
 
 
@@ -56,6 +69,20 @@ def test_a_vit_takes_it_on_tpus(platform, attention, fused):
     model = nnx.eval_shape(lambda: vit.Vit(config, nnx.Rngs(0)))
     traced = jax.jit(lambda model, image: model(image)).trace(model, image)
   assert ("pallas_call" in str(traced.jaxpr)) == fused
+
+
+def test_a_vit_sees_the_same_through_it():
+  config = vit.VitConfig(image_size=16, patch=8, width=16, depth=2, heads=2, hidden=16, scan=False)
+  pixels = np.random.default_rng(1).integers(0, 256, (2, 16, 16, 3)).astype(np.uint8)
+  with jax.set_mesh(make_mesh(fsdp=2, tensor=2)):
+    image = tiny.put({"image": pixels})["image"]
+    outputs = []
+    for attention in ("plain", "fused"):
+      chosen = dataclasses.replace(config, attention=attention)
+      model = tiny.filled(lambda rngs, chosen=chosen: vit.Vit(chosen, rngs))
+      model.stack.blocks.interpret = True
+      outputs.append(np.asarray(jax.jit(lambda model, image: model(image))(model, image)))
+  np.testing.assert_allclose(*outputs, atol=2e-5)
 
 
 def test_an_unknown_attention_is_named():

@@ -39,7 +39,8 @@ def trained(one_device):
     per_step.append(len(compiled) - start)
     metrics.append(values)
   jax.monitoring.unregister_event_duration_listener(listen)
-  metrics = {name: [float(values[name]) for values in metrics] for name in metrics[0]}
+  metrics = {name: [float(values[name]) for values in metrics] for name in metrics[0]
+             if name != "examples"}
   return SimpleNamespace(state=state, frozen=frozen, rows=rows, before=before, metrics=metrics,
                          compiled=per_step)
 

@@ -1,0 +1,192 @@
+"""`python -m launch VERB --help` tells each verb's arguments, with an example.
+
+Exit code of `up`: the run's own, see lskd_jax/exit_codes.py; 1 where it was given up or the budget is
+used up, 130 after Ctrl-C (the run goes on). Of the other verbs: 0, or 1 with one line that says why.
+"""
+from argparse import ArgumentParser, Namespace
+from pathlib import Path
+import sys
+import time
+
+from data_pipeline.records import DataError
+from launch import config as configs, gcloud, local, manifests
+from launch.accelerators import accelerator
+from launch.executor import Clock, CommandFailed, Refused, executor
+from launch.planner import HOUR
+from launch.up import locked, look, read_state, rehearse, state_folder, up
+from lskd_jax import exit_codes
+from lskd_jax.supervisor import describe, newest_step
+
+EXAMPLE = "example: python -m launch {} --config configs/launch_v5e.py{}"
+
+
+def main(argv: list[str] | None = None) -> int:
+  """Runs one verb; its exit code."""
+  args = read_arguments(sys.argv[1:] if argv is None else argv)
+  try:
+    return args.run(args)
+  except KeyboardInterrupt:
+    say(f"interrupted. If the run was started it goes on; the same command looks after it again:\n"
+        f"  python -m launch {' '.join(sys.argv[1:] if argv is None else argv)}")
+    return exit_codes.INTERRUPTED
+  except (DataError, Refused, CommandFailed) as error:
+    print(f"launch: error: {' '.join(str(error).split())}", file=sys.stderr)
+  except OSError as error:
+    print(f"launch: error: {error.filename}: {error.strerror}", file=sys.stderr)
+  return exit_codes.INPUT
+
+
+def read_arguments(argv: list[str]) -> Namespace:
+  """The parsed command line; `run` is the function of its verb."""
+  parser = ArgumentParser(prog="python -m launch", allow_abbrev=False, description=
+                          "Runs training on TPU pods that can be taken away. See docs/launch.md.")
+  verbs = parser.add_subparsers(metavar="VERB", required=True)
+  p = _add(verbs, "up", run_up, "start or look after a run until it is done", " --dry-run")
+  p.add_argument("--dry-run", action="store_true", help="print the commands of a first pass; run nothing")
+  p.add_argument("--backend", choices=["tpu-vm", "local"], default="tpu-vm",
+                 help="local: processes on this machine, under the same policy")
+  p.add_argument("--workdir", help="local: instead of the command's")
+  _add(verbs, "status", run_status, "show the machines, the run and what it has cost")
+  p = _add(verbs, "logs", run_logs, "fetch the logs of all hosts, also while they are running")
+  p.add_argument("--out", type=Path, metavar="DIR", help="instead of the folder of the state")
+  p.add_argument("--tail", type=int, default=10, metavar="N", help="lines of the first host to print")
+  p = _add(verbs, "down", run_down, "delete the machines; checkpoints and logs stay", " --yes")
+  p.add_argument("--yes", action="store_true", help="do not ask")
+  for name, function, summary in (("manifest", run_manifest, "write a Kubernetes JobSet"),
+                                  ("skypilot", run_skypilot, "write a SkyPilot task")):
+    p = _add(verbs, name, function, summary, " --out FILE")
+    p.add_argument("--out", type=Path, required=True, metavar="FILE")
+  args, rest = parser.parse_known_args(argv)
+  for word in rest:
+    if not word.startswith("--config."):
+      args.parser.error(f"unrecognized argument: {word}")
+  args.overrides = [word.removeprefix("--config.") for word in rest]
+  return args
+
+
+def _add(verbs, name: str, run, summary: str, rest: str = "") -> ArgumentParser:
+  parser = verbs.add_parser(name, help=summary, description=summary[0].upper() + summary[1:] + ".",
+                            epilog=EXAMPLE.format(name, rest), allow_abbrev=False)
+  parser.add_argument("--config", required=True, type=Path, metavar="FILE",
+                      help="Python file with get_config(); --config.key=value changes a value")
+  parser.set_defaults(run=run, parser=parser)
+  return parser
+
+
+def say(text: str) -> None:
+  """Prints one line with the time."""
+  print(f"{time.strftime('%H:%M:%S')} launch: {text}", flush=True)
+
+
+# ---- verbs ----
+
+
+def run_up(args) -> int:
+  """Brings a run to its end, or prints what that would take."""
+  config = configs.read(args.config, args.overrides, args.backend)
+  if args.backend == "local":
+    if args.dry_run:
+      print(local.command(config, args.workdir))
+      return 0
+    return local.up(config, args.workdir)
+  if args.dry_run:
+    print("\n".join(rehearse(config)))
+    return 0
+  code = up(config, say)
+  say(f"the run ended with {describe(code)}")
+  return code
+
+
+def run_status(args) -> int:
+  """A table of what there is."""
+  config = configs.read(args.config, args.overrides, "tpu-vm")
+  state = read_state(config)
+  run = _executor(config)
+  seen = look(config, state, run)
+  durable = newest_step(run(gcloud.markers(config)).split())
+  spent = state.spent + (time.time() - state.active_seen if state.active_seen else 0.0)
+  hours = spent / HOUR
+  chips = accelerator(config.accelerator_type).chips * config.nodes
+  if state.code is not None:
+    doing = f"ended with {describe(state.code)}: {state.why}"
+  else:
+    doing = f"start {state.starts}, {'running' if state.running else 'not running'}"
+  rows = [("machines", f"{seen.resource or 'none'} ({config.nodes} x {config.accelerator_type})"),
+          ("run", doing), ("hosts that ended", ", ".join(map(describe, seen.exits)) or "none"),
+          ("durable step", "none" if durable is None else durable),
+          ("failures in a row", f"{state.failures} of {config.max_failures}"),
+          ("preemptions", state.preemptions),
+          ("hours used", f"{hours:.2f} of {config.budget_hours:g}")]
+  if config.price:
+    rows.append(("dollars", f"{hours * chips * config.price:.2f} of "
+                            f"{config.budget_hours * chips * config.price:.2f}"))
+  for name, value in rows:
+    print(f"{name:18} {value}")
+  return 0
+
+
+def run_logs(args) -> int:
+  """Fetches logs and prints the end of one."""
+  config = configs.read(args.config, args.overrides, "tpu-vm")
+  folder = args.out or state_folder(config) / "logs"
+  folder.mkdir(parents=True, exist_ok=True)
+  _executor(config)(gcloud.logs(config, folder))
+  found = sorted(folder.glob("*/log-*.txt"), key=lambda path: (int(path.parent.name), path.name))
+  if not found:
+    print(f"no host has written a log yet ({folder})")
+    return 0
+  for path in found:
+    print(path)
+  newest = found[-1].parent.name
+  first = next(path for path in found if path.parent.name == newest)
+  print("\n".join(first.read_text(errors="replace").splitlines()[-args.tail:]))
+  return 0
+
+
+def run_down(args) -> int:
+  """Deletes the machines and forgets what was done."""
+  config = configs.read(args.config, args.overrides, "tpu-vm")
+  folder = state_folder(config)
+  with locked(folder):
+    run = _executor(config)
+    resource = run(gcloud.describe(config)).strip()
+    if resource:
+      if not args.yes:
+        machines = f"{config.nodes} x {config.accelerator_type}"
+        answer = input(f"delete {config.name} ({resource}, {machines})? [y/N] ")
+        if answer.strip().lower() not in ("y", "yes"):
+          print("nothing was deleted")
+          return exit_codes.INPUT
+      run(gcloud.delete(config))
+    (folder / "state.json").unlink(missing_ok=True)
+  done = "deleted" if resource else "there was nothing to delete"
+  print(f"{config.name}: {done}; checkpoints and logs are in {config.bucket}")
+  return 0
+
+
+def run_manifest(args) -> int:
+  """Writes a JobSet."""
+  config = configs.read(args.config, args.overrides, "kubernetes")
+  text = manifests.as_yaml(manifests.jobset(config), f"kubectl apply -f {args.out.name}")
+  return _write(args.out, text)
+
+
+def run_skypilot(args) -> int:
+  """Writes a SkyPilot task."""
+  config = configs.read(args.config, args.overrides, "skypilot")
+  text = manifests.as_yaml(manifests.skypilot(config), f"sky jobs launch {args.out.name}")
+  return _write(args.out, text)
+
+
+def _write(path: Path, text: str) -> int:
+  path.write_text(text)
+  print(path)
+  return 0
+
+
+def _executor(config):
+  return executor(state_folder(config) / "transcript.log", Clock(), say)
+
+
+if __name__ == "__main__":
+  sys.exit(main())

@@ -1,0 +1,70 @@
+"""Runs commands: with a timeout, again when they fail for a reason that may pass, and on the record."""
+from collections.abc import Callable
+from pathlib import Path
+import re
+import subprocess
+import time
+from typing import NamedTuple
+
+from launch.gcloud import Command
+
+# What trying again does not change: the request itself, or who asks.
+PERMANENT = re.compile(r"PERMISSION_DENIED|INVALID_ARGUMENT|UNAUTHENTICATED|unrecognized arguments|"
+                       r"Invalid choice|Reauthentication|You do not currently have an active account")
+FIRST_PAUSE = 5.0  # seconds before the second try; doubles
+
+
+class Clock(NamedTuple):
+  """Unix seconds, and waiting; tests have their own."""
+  now: Callable[[], float] = time.time
+  sleep: Callable[[float], None] = time.sleep
+
+
+class CommandFailed(Exception):
+  """A command failed as often as it may be tried."""
+
+
+class Refused(Exception):
+  """A command that can never work as it is: one line for the user."""
+
+
+def executor(transcript: Path, clock: Clock, say: Callable[[str], None]) -> Callable[[Command], str]:
+  """A function that runs a command and returns what it printed.
+
+  transcript: gets a line for each try. Its function raises CommandFailed, or Refused.
+  """
+  def run(command: Command) -> str:
+    for number in range(command.tries):
+      if number:
+        clock.sleep(FIRST_PAUSE * 2 ** (number - 1))
+      code, out, error = _once(command)
+      stamp = time.strftime("%Y-%m-%d %H:%M:%S", time.gmtime(clock.now()))
+      with transcript.open("a") as log:
+        log.write(f"{stamp} [{code}] {command}\n" + (f"  {error}\n" if code else ""))
+      if code == 0:
+        return out
+      if command.accept and re.search(command.accept, error):
+        return ""
+      if "ssh" not in command.words and PERMANENT.search(error):
+        raise Refused(f"{error} (in: {command})")
+      say(f"failed, try {number + 1} of {command.tries}: {error}")
+    if command.optional:
+      return ""
+    raise CommandFailed(error)
+  return run
+
+
+def _once(command: Command) -> tuple[int, str, str]:
+  """Exit code (124: the time was up), output, and what went wrong in one line."""
+  try:
+    done = subprocess.run(command.words, capture_output=True, text=True, errors="replace",
+                          stdin=subprocess.DEVNULL, timeout=command.timeout, check=False)
+  except subprocess.TimeoutExpired:
+    return 124, "", f"no answer within {command.timeout:g} s"
+  except FileNotFoundError:
+    raise Refused(f"{command.words[0]} is not installed on this machine") from None
+  if done.returncode == 0:
+    return 0, done.stdout, ""
+  lines = [line.strip() for line in (done.stderr or done.stdout).splitlines() if line.strip()]
+  errors = [line for line in lines if line.startswith("ERROR")]
+  return done.returncode, done.stdout, (errors or lines or [f"exit code {done.returncode}"])[-1]

@@ -1,0 +1,203 @@
+"""Decides: (config, what was done so far, what is there now) -> commands, a wait, and the next state.
+
+Pure, so that every road through preemptions and failures can be tested without a cloud. A plan's state
+holds once all of its commands have succeeded; if one fails, the state before it still holds, and the next
+look decides anew. All commands may therefore be repeated.
+"""
+from typing import NamedTuple
+
+from launch import gcloud
+from launch.accelerators import accelerator
+from launch.gcloud import Command
+from lskd_jax import exit_codes
+from lskd_jax.supervisor import Budgets, Decision, Tally, decide
+
+# States of a queued resource. ACCEPTED was renamed to WAITING_FOR_RESOURCES; both still occur.
+QUEUED = ("CREATING", "ACCEPTED", "WAITING_FOR_RESOURCES")
+ENDING = ("SUSPENDING", "DELETING")
+ENDED = ("SUSPENDED", "FAILED")  # they use up quota until they are deleted
+
+HOUR = 3600.0
+LONGEST = {"PROVISIONING": 2 * HOUR, "SUSPENDING": HOUR, "DELETING": HOUR}
+LAST_HOSTS = HOUR  # for the others to finish after one host is done: they may still write the model
+AFTER_STOP = 600.0  # for exit files to appear after hosts were told to stop
+LONGEST_DELAY = HOUR / 2
+
+
+class State(NamedTuple):
+  """What the launcher remembers; kept as JSON, so that `up` continues where another one left off.
+
+  resource, since: the state seen last, and since when (Unix seconds). spent: seconds of ACTIVE so far.
+  code_version: hash of what was shipped. ready: the hosts have it. starts: of the command; running: the
+  last one has not been seen to end. before, durable: checkpointed steps when it started, and now.
+  first_end: when the first host was seen to have ended. troubles: commands that failed in a row.
+  code, why: how the run ended.
+  """
+  resource: str = ""
+  since: float = 0.0
+  active_seen: float | None = None
+  spent: float = 0.0
+  code_version: str = ""
+  ready: bool = False
+  starts: int = 0
+  running: bool = False
+  before: int | None = None
+  durable: int | None = None
+  first_end: float | None = None
+  stopped: bool = False
+  not_before: float = 0.0
+  failures: int = 0
+  preemptions: int = 0
+  troubles: int = 0
+  code: int | None = None
+  why: str = ""
+
+
+class Seen(NamedTuple):
+  """One look. resource: None if there is none. exits: codes of the hosts that ended, earliest first."""
+  resource: str | None
+  exits: tuple[int, ...] = ()
+  durable: int | None = None
+
+
+class Plan(NamedTuple):
+  """Commands to run now, then `state` holds; then a wait of so many seconds. done: nothing is left."""
+  state: State
+  say: str
+  commands: tuple[Command, ...] = ()
+  wait: float = 0.0
+  done: bool = False
+
+
+def account(state: State, seen: Seen, now: float) -> State:
+  """The state after a look: what is there, since when, and the time the machines have been there."""
+  resource = seen.resource or ""
+  if state.active_seen is not None:
+    state = state._replace(spent=state.spent + now - state.active_seen)
+  if resource != state.resource:
+    state = state._replace(resource=resource, since=now)
+  return state._replace(active_seen=now if resource == "ACTIVE" else None,
+                        durable=state.durable if seen.durable is None else seen.durable)
+
+
+def plan(config, version: str, state: State, seen: Seen, now: float) -> Plan:
+  """What to do next. version: hash of the code to run; state: after `account`; now: Unix seconds."""
+  resource = seen.resource
+  if state.code is None and state.spent >= config.budget_hours * HOUR:
+    state = state._replace(code=exit_codes.INPUT,
+                           why=f"the budget of {config.budget_hours:g} hours is used up")
+  if state.code is None and state.troubles > config.max_failures:
+    state = state._replace(code=exit_codes.INPUT, why=f"{state.troubles} commands failed in a row, the last "
+                           f"with: {state.why}")
+  was_running = state.running
+  if was_running and resource != "ACTIVE" and resource not in ENDING:
+    state = _after(config, state, _lost(config, state, seen), now)
+  if state.code is not None:
+    return _wind_down(config, version, state, resource)
+  if resource is None:
+    if now < state.not_before:
+      return _wait(config, state, "waiting before the next request", state.not_before - now)
+    return Plan(state._replace(resource="", since=now, ready=False), "asking for machines",
+                (gcloud.create(config),))
+  if resource in ENDED:
+    if not was_running:  # taken away, or refused, before anything ran
+      state = _after(config, state, _lost(config, state, Seen(resource)), now)
+      if state.code is not None:
+        return _wind_down(config, version, state, resource)
+    return _replace(config, state, f"{resource}: deleting what is left")
+  if resource == "ACTIVE":
+    return _active(config, version, state, seen, now)
+  longest = config.wait_hours * HOUR + HOUR / 2 if resource in QUEUED else LONGEST.get(resource, HOUR)
+  if now - state.since > longest:
+    return _replace(config, state, f"{resource} for {(now - state.since) / HOUR:.1f} h: starting over")
+  return _wait(config, state, resource)
+
+
+def _active(config, version, state: State, seen: Seen, now: float) -> Plan:
+  if state.troubles >= 2 and not state.running:
+    decision = decide([137], state.before, state.durable, _tally(state), _budgets(config))
+    state = _after(config, state, decision, now)._replace(troubles=0)
+    if state.code is not None:
+      return _wind_down(config, version, state, seen.resource)
+    return _replace(config, state, "the machines cannot be used: taking others")
+  if not state.running and now < state.not_before:
+    return _wait(config, state, "ACTIVE: waiting before the next start", state.not_before - now)
+  if not state.ready or state.code_version != version:
+    ship = gcloud.ship(config, version) if state.code_version != version else ()
+    return Plan(state._replace(ready=True, code_version=version), "installing the code on all hosts",
+                (*ship, *gcloud.setup(config, version)))
+  if not state.running:
+    start = state.starts + 1
+    step = "the beginning" if state.durable is None else f"step {state.durable}"
+    return Plan(state._replace(starts=start, running=True, before=state.durable),
+                f"start {start} from {step}",
+                (*gcloud.preflight(config, version), *gcloud.start(config, version, start)))
+  if not seen.exits:
+    return _wait(config, state, f"running, start {state.starts}")
+  hosts = config.nodes * accelerator(config.accelerator_type).hosts
+  if len(seen.exits) >= hosts:
+    decision = decide(seen.exits, state.before, state.durable, _tally(state), _budgets(config))
+    state = _after(config, state, decision, now)
+    if state.code is not None:
+      return _wind_down(config, version, state, seen.resource)
+    return _wait(config, state, decision.why, decision.delay)
+  if state.first_end is None:
+    state = state._replace(first_end=now)
+  if not state.stopped:
+    if now - state.first_end <= (config.linger if any(seen.exits) else LAST_HOSTS):
+      return _wait(config, state, f"{len(seen.exits)} of {hosts} hosts have ended",
+                   min(config.poll, config.linger))
+    return Plan(state._replace(stopped=True, first_end=now), "ending the other hosts",
+                tuple(gcloud.stop(config, version)))
+  if now - state.first_end <= AFTER_STOP:
+    return _wait(config, state, f"{len(seen.exits)} of {hosts} hosts have ended")
+  state = _after(config, state, _lost(config, state, seen), now)
+  if state.code is not None:
+    return _wind_down(config, version, state, seen.resource)
+  return _replace(config, state, "hosts do not answer: taking others")
+
+
+def _lost(config, state: State, seen: Seen) -> Decision:
+  """What follows when machines are gone: hosts that left no exit code were preempted before a save."""
+  hosts = config.nodes * accelerator(config.accelerator_type).hosts
+  codes = seen.exits if len(seen.exits) >= hosts else (*seen.exits, exit_codes.PREEMPTED)
+  return decide(codes, state.before, state.durable, _tally(state), _budgets(config))
+
+
+def _after(config, state: State, decision: Decision, now: float) -> State:
+  """The state once a start is over."""
+  state = state._replace(running=False, first_end=None, stopped=False, failures=decision.tally.failures,
+                         preemptions=decision.tally.preemptions, not_before=now + decision.delay)
+  return state if decision.restart else state._replace(code=decision.code, why=decision.why)
+
+
+def _wind_down(config, version, state: State, resource: str | None) -> Plan:
+  if resource is None:
+    return Plan(state, state.why, done=True)
+  if resource == "DELETING":
+    return _wait(config, state, resource)
+  stop = tuple(gcloud.stop(config, version)) if state.running else ()
+  return Plan(state._replace(resource="", active_seen=None, ready=False, running=False),
+              f"{state.why}: deleting the machines", (*stop, gcloud.delete(config)))
+
+
+def _replace(config, state: State, why: str) -> Plan:
+  return Plan(state._replace(resource="", active_seen=None, ready=False), why, (gcloud.delete(config),))
+
+
+def _wait(config, state: State, why: str, seconds: float | None = None) -> Plan:
+  return Plan(state, why, wait=config.poll if seconds is None else seconds)
+
+
+def after_trouble(config, state: State, now: float, error: str) -> State:
+  """The state once a command of a plan has failed for good: wait longer each time."""
+  delay = min(config.poll * 2 ** state.troubles, LONGEST_DELAY)
+  return state._replace(troubles=state.troubles + 1, not_before=now + delay, why=error)
+
+
+def _tally(state: State) -> Tally:
+  return Tally(state.failures, state.preemptions)
+
+
+def _budgets(config) -> Budgets:
+  return Budgets(config.max_failures, config.max_preemptions, config.backoff)

@@ -1,0 +1,29 @@
+#!/bin/bash
+# Prepares one TPU host; what is there already stays. Called with what launch/gcloud.py gives it.
+set -euo pipefail
+url=$1 version=$2 bucket=$3 mount=$4 python=$5 uv=$6
+
+# The bucket as a folder: https://cloud.google.com/storage/docs/cloud-storage-fuse/install
+if ! command -v gcsfuse > /dev/null; then
+  list="deb [signed-by=/usr/share/keyrings/cloud.google.asc] https://packages.cloud.google.com/apt"
+  curl -fsS https://packages.cloud.google.com/apt/doc/apt-key.gpg | sudo tee /usr/share/keyrings/cloud.google.asc > /dev/null
+  echo "$list gcsfuse-$(lsb_release -cs) main" | sudo tee /etc/apt/sources.list.d/gcsfuse.list > /dev/null
+  sudo apt-get -o DPkg::Lock::Timeout=600 update -q
+  sudo apt-get -o DPkg::Lock::Timeout=600 install -q -y gcsfuse
+fi
+sudo mkdir -p "$mount"
+sudo chown "$(id -u)" "$mount"
+mountpoint -q "$mount" || gcsfuse --implicit-dirs "$bucket" "$mount"
+
+# The code and its environment, in a folder of their own for each version.
+folder=$HOME/lskd/$version
+[ -e "$folder/ready" ] && exit 0
+mkdir -p "$folder/code"
+gcloud storage cp "$url/code.tar.gz" "$url/requirements.lock" "$folder/"
+tar -xzf "$folder/code.tar.gz" -C "$folder/code"
+python3 -m pip install --quiet --user "uv==$uv"
+uv=$(python3 -m site --user-base)/bin/uv
+"$uv" venv --quiet --clear --python "$python" "$folder/venv"
+"$uv" pip install --quiet --python "$folder/venv/bin/python" --no-deps -r "$folder/requirements.lock"
+"$uv" pip install --quiet --python "$folder/venv/bin/python" --no-deps "$folder/code"
+touch "$folder/ready"

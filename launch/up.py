@@ -1,0 +1,189 @@
+"""`up`: looks, plans and executes until the run is over; what it knows is in a file, so it can be stopped."""
+from collections.abc import Callable
+import contextlib
+import fcntl
+import hashlib
+import importlib.metadata
+import importlib.resources
+import json
+from pathlib import Path
+import subprocess
+
+from data_pipeline.records import DataError
+from data_pipeline.stages import write_json
+from launch import gcloud
+from launch.accelerators import accelerator
+from launch.executor import Clock, CommandFailed, Refused, executor
+from launch.gcloud import Command
+from launch.planner import HOUR, QUEUED, Seen, State, account, after_trouble, plan
+from lskd_jax.supervisor import newest_step
+
+OWN = ("lskd-jax", "lskd_jax", "pip", "setuptools", "wheel")  # installed from the checkout, or there anyway
+
+
+REAL = Clock()
+
+
+def up(config, say: Callable[[str], None], clock: Clock = REAL) -> int:
+  """Brings the run to its end; its exit code, or 1 if it was given up or the budget is used up.
+
+  Raises DataError where the checkout cannot be shipped, Refused where gcloud will never do it.
+  """
+  folder = state_folder(config)
+  with locked(folder):
+    version = prepare(config)
+    state = read_state(config)
+    run = executor(folder / "transcript.log", clock, say)
+    said, answered = "", clock.now()
+    while True:
+      try:
+        seen = look(config, state, run)
+        answered = clock.now()
+      except CommandFailed as error:  # says nothing about the run: this machine may be offline
+        if clock.now() - answered > config.wait_hours * HOUR:
+          raise Refused(f"gcloud has not answered for {config.wait_hours:g} hours: {error}") from None
+        clock.sleep(config.poll)
+        continue
+      state = account(state, seen, clock.now())
+      todo = plan(config, version, state, seen, clock.now())
+      if todo.say != said:
+        say(todo.say)
+        said = todo.say
+      try:
+        for command in todo.commands:
+          run(command)
+        state = todo.state._replace(troubles=0) if todo.commands else todo.state
+      except CommandFailed as error:
+        state = after_trouble(config, state, clock.now(), str(error))
+      write_json(folder / "state.json", state._asdict())
+      if todo.done:
+        return state.code
+      clock.sleep(todo.wait)
+
+
+def look(config, state: State, run: Callable[[Command], str]) -> Seen:
+  """What is there now; only as many commands as the state needs."""
+  resource = run(gcloud.describe(config)).strip() or None
+  exits, durable = (), None
+  if state.running:
+    exits = read_exits(run(gcloud.exits(config, state.starts)))
+  if (state.running and (exits or resource != "ACTIVE")) or (state.ready and not state.running):
+    durable = newest_step(run(gcloud.markers(config)).split())
+  return Seen(resource, exits, durable)
+
+
+def read_exits(text: str) -> tuple[int, ...]:
+  """Exit codes of lines such as {"time": 1.5, "code": 42}, earliest first."""
+  found = [json.loads(line) for line in text.splitlines() if line.strip()]
+  return tuple(one["code"] for one in sorted(found, key=lambda one: one["time"]))
+
+
+# ---- what is kept on this machine ----
+
+
+def state_folder(config) -> Path:
+  """Where the state, the transcript and what is shipped lie; made when missing."""
+  folder = Path(config.state).absolute() / config.name
+  folder.mkdir(parents=True, exist_ok=True)
+  return folder
+
+
+def read_state(config) -> State:
+  """What earlier calls have done; the beginning if there were none."""
+  path = state_folder(config) / "state.json"
+  if not path.exists():
+    return State()
+  try:
+    return State(**json.loads(path.read_text()))
+  except (ValueError, TypeError):
+    raise DataError(f"{path}: cannot be read; after `python -m launch down` begin anew") from None
+
+
+@contextlib.contextmanager
+def locked(folder: Path):
+  """Keeps a second `up`, or a `down`, away from the same run."""
+  with (folder / "lock").open("w") as file:
+    try:
+      fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+      raise DataError(f"{folder}: another `python -m launch up` looks after this run; stop it first "
+                      "(the run itself goes on)") from None
+    yield
+
+
+# ---- what is shipped ----
+
+
+def prepare(config) -> str:
+  """Writes what goes beside the code, and returns the hash of all that is shipped.
+
+  Raises DataError if the source is no git checkout, or has changes that are not committed: what runs on
+  a pod should have a name.
+  """
+  tree = _git(config, "rev-parse", "HEAD^{tree}")
+  if _git(config, "status", "--porcelain"):
+    raise DataError(f"source={config.source!r} has changes that are not committed: commit them, since what "
+                    "is shipped is HEAD")
+  lock = lock_file(config)
+  setup = (importlib.resources.files("launch") / "setup.sh").read_text()
+  version = hashlib.sha256("\n".join((tree, lock, setup)).encode()).hexdigest()[:12]
+  folder = state_folder(config) / version
+  folder.mkdir(exist_ok=True)
+  (folder / "requirements.lock").write_text(lock)
+  (folder / "setup.sh").write_text(setup)
+  return version
+
+
+def lock_file(config) -> str:
+  """The packages of the hosts, one `name==version` a line: of the file in the config, or installed here."""
+  if config.requirements:
+    return Path(config.requirements).read_text()
+  found = {dist.metadata["Name"]: dist.version for dist in importlib.metadata.distributions()}
+  if "libtpu" not in found:
+    raise DataError("requirements='': the packages installed here would be shipped, and libtpu is not among "
+                    "them: pip install -e '.[tpu]', or name a file")
+  odd = sorted(f"{name} {version}" for name, version in found.items() if "+" in version)
+  if odd:
+    raise DataError(f"requirements='': {odd[0]} is installed here, which the package index does not have: "
+                    "ship from an environment made by pip install -e '.[tpu]', or name a file")
+  return "".join(f"{name}=={found[name]}\n" for name in sorted(found, key=str.lower)
+                 if name.lower() not in OWN)
+
+
+def _git(config, *words: str) -> str:
+  done = subprocess.run(["git", "-C", config.source, *words], capture_output=True, text=True, check=False)
+  if done.returncode:
+    raise DataError(f"source={config.source!r} is not a git checkout with a commit; set it to one")
+  return done.stdout.strip()
+
+
+# ---- what would be done ----
+
+
+def rehearse(config) -> list[str]:
+  """The commands of a first pass from nothing to the end, in order, with remarks; nothing is run."""
+  try:
+    version, remarks = prepare(config), []
+  except DataError as error:
+    version, remarks = "HASH", [f"# to be mended before it can be shipped: {error}"]
+  hosts = config.nodes * accelerator(config.accelerator_type).hosts
+  state, resource, exits = State(), None, ()
+  lines = [*remarks, f"# every {config.poll:g} s", str(gcloud.describe(config))]
+  while True:
+    seen = Seen(resource, exits)
+    state = account(state, seen, 0.0)
+    todo = plan(config, version, state, seen, 0.0)
+    lines += [f"# {todo.say}", *map(str, todo.commands)]
+    if todo.done:
+      return lines
+    state = todo.state
+    if todo.commands:  # it worked
+      resource = {None: QUEUED[-1]}.get(resource, None if state.code is not None else resource)
+    elif resource in QUEUED:
+      lines.append(f"# … until it is ACTIVE, for at most {config.wait_hours:g} h")
+      resource = "ACTIVE"
+    else:
+      lines += [str(gcloud.exits(config, state.starts)),
+                f"# … until all {hosts} hosts have ended, for at most {config.budget_hours:g} h",
+                str(gcloud.markers(config))]
+      exits = (0,) * hosts

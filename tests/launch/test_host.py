@@ -1,0 +1,154 @@
+"""What runs on the hosts, with real processes on this one."""
+import fcntl
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+from launch import host, preflight
+from launch.preflight import Facts, problems
+
+
+@pytest.fixture
+def start(tmp_path, monkeypatch):
+  """Starts a script as the command of this host; the folder on its disk and the one in the bucket."""
+  monkeypatch.setenv("GCE_METADATA_IP", "127.0.0.1:9")  # nobody there
+  folder, run = tmp_path / "host", tmp_path / "bucket" / "run" / "1"
+
+  def begin(script):
+    host.start(folder, run, 0, [sys.executable, "-S", "-c", script])
+    return folder, run
+  yield begin
+  host.stop(folder, grace=0.1)
+
+
+def ended(run, seconds=30):
+  """What the exit file says, once it is there."""
+  end = time.monotonic() + seconds
+  while not (run / "exit-0-0.json").exists():
+    assert time.monotonic() < end, "the command did not end"
+    time.sleep(0.01)
+  return json.loads((run / "exit-0-0.json").read_text())
+
+
+def test_a_command_outlives_its_starter_and_tells_how_it_ended(start):
+  folder, run = start("print('step 1', flush=True); raise SystemExit(42)")
+  assert ended(run)["code"] == 42
+  assert (run / "log-0-0.txt").read_text() == "step 1\n"
+
+
+def test_starting_the_same_run_twice_starts_it_once(start, tmp_path, capsys):
+  script = f"open({str(tmp_path / 'starts')!r}, 'a').write('x'); import time; time.sleep(60)"
+  start(script)
+  start(script)
+  assert "runs already" in capsys.readouterr().out
+  while not (tmp_path / "starts").exists():
+    time.sleep(0.01)
+  assert (tmp_path / "starts").read_text() == "x"
+
+
+def test_another_run_is_not_started_beside_it(start, tmp_path):
+  folder, _ = start("import time; time.sleep(60)")
+  with pytest.raises(SystemExit, match="another run is still there"):
+    host.start(folder, tmp_path / "other", 0, ["true"])
+
+
+def test_a_stopped_command_may_save_first(start, tmp_path):
+  ready = tmp_path / "ready"
+  folder, run = start("import signal, sys, time; signal.signal(15, lambda *_: sys.exit(42));"
+                      f"open({str(ready)!r}, 'w'); time.sleep(60)")
+  while not ready.exists():
+    time.sleep(0.01)
+  host.stop(folder, grace=30.0)
+  assert ended(run)["code"] == 42 and not host.is_running(folder)
+
+
+def test_a_command_that_does_not_listen_is_killed(start, tmp_path):
+  ready = tmp_path / "ready"
+  folder, run = start("import signal, time; signal.signal(15, signal.SIG_IGN);"
+                      f"open({str(ready)!r}, 'w'); time.sleep(60)")
+  while not ready.exists():
+    time.sleep(0.01)
+  host.stop(folder, grace=0.1)
+  assert ended(run)["code"] == -signal.SIGKILL
+
+
+def test_a_sigterm_to_the_attendant_is_passed_on(start, tmp_path):
+  """A machine that shuts down ends all processes; the exit code must be written down all the same."""
+  ready = tmp_path / "ready"
+  folder, run = start("import signal, sys, time; signal.signal(15, lambda *_: sys.exit(42));"
+                      f"open({str(ready)!r}, 'w'); time.sleep(60)")
+  while not ready.exists():
+    time.sleep(0.01)
+  os.kill(host.pids(folder)[0], signal.SIGTERM)
+  assert ended(run)["code"] == 42
+
+
+def test_a_command_that_does_not_exist_ends_with_127(tmp_path, monkeypatch):
+  monkeypatch.setenv("GCE_METADATA_IP", "127.0.0.1:9")
+  host.main(["start", "--folder", str(tmp_path / "host"), "--run", str(tmp_path / "run"), "--", "no-such"])
+  assert ended(tmp_path / "run")["code"] == 127
+
+
+# ---- preflight ----
+
+GOOD = Facts(chips=4, hosts=4, environment={}, free_gb=50.0, python=(3, 12))
+
+
+def test_a_good_host_has_no_problems():
+  assert problems(GOOD, chips=4, hosts=4, slices=1, disk_gb=20) == []
+
+
+@pytest.mark.parametrize("change,said", [
+    ({"chips": 0}, "0 chips are there, 4 are expected"),
+    ({"hosts": 2}, "the slice has 2 hosts, 4 are expected"),
+    ({"environment": {"MEGASCALE_NUM_SLICES": "3"}}, "MEGASCALE_NUM_SLICES is 3, 1 are expected"),
+    ({"environment": {"TPU_WORKER_HOSTNAMES": "a,b"}}, "TPU_WORKER_HOSTNAMES names 2 hosts, 4 are expected"),
+    ({"free_gb": 3.2}, "3 GB of disk are free, 20 are needed"),
+    ({"python": (3, 10)}, "Python 3.10 is too old, 3.11 is needed")])
+def test_what_would_keep_a_run_from_starting_is_named(change, said):
+  assert problems(GOOD._replace(**change), chips=4, hosts=4, slices=1, disk_gb=20) == [said]
+
+
+def test_a_lock_that_nobody_holds_is_removed(tmp_path):
+  lock = tmp_path / "libtpu_lockfile"
+  lock.touch()
+  assert preflight.free_the_chips(tmp_path / "host", lock) is None
+  assert not lock.exists()
+
+
+def test_our_own_earlier_run_is_ended_with_its_lock(start, tmp_path):
+  lock = tmp_path / "libtpu_lockfile"
+  folder, run = start(f"import time; held = open({str(lock)!r}, 'w'); time.sleep(60)")
+  while not lock.exists():
+    time.sleep(0.01)
+  assert preflight.free_the_chips(folder, lock) is None
+  assert ended(run)["code"] == -signal.SIGTERM and not lock.exists()
+
+
+def test_somebody_elses_process_is_named_and_not_touched(tmp_path):
+  lock = tmp_path / "libtpu_lockfile"
+  script = f"import time; held = open({str(lock)!r}, 'w'); time.sleep(60)"
+  other = subprocess.Popen([sys.executable, "-S", "-c", script])
+  try:
+    while not lock.exists():
+      time.sleep(0.01)
+    assert f"process {other.pid} uses the chips" in preflight.free_the_chips(tmp_path / "host", lock)
+    assert other.poll() is None and lock.exists()
+  finally:
+    other.kill()
+    other.wait()
+
+
+def test_a_number_in_a_file_is_no_sign_of_life(tmp_path):
+  """Only the lock is: the process of that number may be another one by now."""
+  (tmp_path / "pids").write_text(f"{os.getpid()} {os.getpid()}")
+  (tmp_path / "lock").touch()
+  assert not host.is_running(tmp_path)
+  with (tmp_path / "lock").open() as lock:
+    fcntl.flock(lock, fcntl.LOCK_EX)
+    assert host.is_running(tmp_path)
