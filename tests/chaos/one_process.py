@@ -81,7 +81,7 @@ def main() -> int:
 def run(args) -> None:
   """What `lskd train` does, with an evaluation that takes as long as a signal needs."""
   def evaluate(graph, state, step: int) -> dict:
-    time.sleep(0.3)
+    time.sleep(0.2)
     return {}
   stop = preemption.install()
   parallel.initialize(args.coordinator, args.processes, args.process_id)

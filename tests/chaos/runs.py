@@ -10,6 +10,10 @@ import time
 ROOT = Path(__file__).resolve().parents[2]
 DEVICES = 4  # of a run, over all of its processes
 LONGEST = 150  # seconds that anything may take here
+# Programs are compiled at every start of a process and run for milliseconds: what is compiled is kept,
+# and hardly optimised.
+QUICK = {"JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+         "XLA_FLAGS": "--xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false"}
 
 
 class Run:
@@ -25,7 +29,8 @@ class Run:
     for mark in (workdir / "marks").glob("*"):
       mark.unlink()
     port = free_port()
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "JAX_NUM_CPU_DEVICES": str(DEVICES // processes)}
+    environment = {**os.environ, **QUICK, "PYTHONPATH": str(ROOT),
+                   "JAX_NUM_CPU_DEVICES": str(DEVICES // processes)}
     script = Path(__file__).with_name("one_process.py")
     self.processes = []
     for i in range(processes):

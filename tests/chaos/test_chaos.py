@@ -202,7 +202,8 @@ def test_a_full_disk_stops_the_run_and_leaves_the_last_good_checkpoint(folder, u
 
 
 def test_the_supervisor_starts_a_run_again_until_it_is_done(folder, undisturbed, tmp_path, monkeypatch):
-  monkeypatch.setenv("PYTHONPATH", str(runs.ROOT))
+  for name, value in {**runs.QUICK, "PYTHONPATH": str(runs.ROOT)}.items():
+    monkeypatch.setenv(name, value)
   workdir = tmp_path / "run"
   command = [sys.executable, str(runs.ROOT / "tests/chaos/one_process.py"), str(folder), str(workdir),
              "--killed-once", "1", "5"]
