@@ -59,7 +59,7 @@ def make_train_step(graphdef, optimizer, objective: Objective | Callable, loss_w
     objective = row_by_row(objective)
 
   def gradients(params, frozen, batch, key):
-    model_of = lambda params: gathered(nnx.merge(graphdef, params, frozen))
+    model_of = lambda params: gathered(nnx.merge(graphdef, params, frozen, copy=True))
     if microbatches == 1:
       def whole(params):
         losses, metrics = objective(model_of(params), batch, key)

@@ -73,7 +73,7 @@ def text(found: dict, topology: Topology) -> str:
             f"mesh       {', '.join(f'{axis} {side}' for axis, side in sorted(found['mesh'].items()))}",
             f"step       {found['batch_size']} images, {found['statements']} statements; "
             f"{found['batch_size'] / found['chips']:g} images a device"]
-  lines += [*_memory(found), *_flops(found, topology), *_collectives(found), *_speed(found, topology)]
+  lines += [*_memory(found), *_flops(found), *_collectives(found), *_speed(found, topology)]
   return "\n".join([*lines, *_costs(found)])
 
 
@@ -96,7 +96,7 @@ def _memory(found: dict) -> list[str]:
   return lines
 
 
-def _flops(found: dict, topology: Topology) -> list[str]:
+def _flops(found: dict) -> list[str]:
   model, executed = found["flops"]["model"], found["flops"]["executed"]
   return ["", f"TFLOP of a step: {model / 1e12:.4g} of the model, {executed / 1e12:.4g} executed "
           f"({executed / model - 1:+.0%} recomputed or padded)"]

@@ -121,7 +121,7 @@ class Stub:
   def slots(self, tokens):
     return mention_slots(tokens, jnp.asarray(OPENS_BRACKET), jnp.asarray(DIGIT))
 
-  def see(self, features, boxes, valid):
+  def see(self, features, boxes, valid, once=False):
     return Seen(features, boxes, valid)
 
   def match(self, sight, tokens, key):

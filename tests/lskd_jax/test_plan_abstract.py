@@ -89,7 +89,7 @@ def test_a_small_step_compiles_for_two_slices_of_tpus(tmp_path, monkeypatch):
   from lskd_jax.plan import run
   monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
   named = topology.parse("2x v5e:2x2")
-  overrides = [*SMALL, "data.batch_size=8"]
+  overrides = [*SMALL, "data.batch_size=8", "train.mesh.slice=-1", "train.mesh.fsdp=-1"]
   found = run.measured("configs/scenes_student.py", overrides, named, low_effort=True, quiet=True)
   assert found["mesh"] == dict(slice=2, data=1, fsdp=4, tensor=1)
   assert {row["crosses"] for row in found["collectives"]} == {True, False}
@@ -103,5 +103,5 @@ def test_a_shape_that_libtpu_does_not_know_is_one_line(tmp_path, monkeypatch):
   from lskd_jax.plan import run
   monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
   with pytest.raises(DataError, match="v5e:3x5: libtpu refuses it"):
-    run.measured("configs/scenes_student.py", [*SMALL, "data.batch_size=15"], topology.parse("v5e:3x5"),
-                 quiet=True)
+    run.measured("configs/scenes_student.py", [*SMALL, "data.batch_size=15", "train.mesh.fsdp=-1"],
+                 topology.parse("v5e:3x5"), quiet=True)
