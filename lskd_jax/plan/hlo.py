@@ -65,7 +65,7 @@ def parse(text: str) -> Program:
       if head and not line.startswith("HloModule"):
         current = computations[head[2]] = []
         entry = head[2] if head[1] else entry
-    elif line.startswith("}"):
+    elif line == "}":  # a kernel's settings take several lines, one of which starts with a bracket
       current = None
     else:
       instruction = _instruction(line)

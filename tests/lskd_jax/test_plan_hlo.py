@@ -184,3 +184,11 @@ def test_bytes_of_types_of_all_widths():
 def test_a_text_that_is_no_module_is_refused():
   with pytest.raises(ValueError, match="no ENTRY"):
     hlo.parse("something else")
+
+
+def test_a_kernels_settings_over_several_lines_do_not_end_a_loop():
+  """As fused attention is written: without the rest of its block, a tower seems to cost next to nothing."""
+  kernel = '  %k = f32[8]{0} custom-call(%p), backend_config={"metadata":{"a": 1\n"b": 2\n}}, metadata={}\n'
+  text = ("HloModule jit_step\n\nENTRY %main (p: f32[8]) -> f32[8] {\n  %p = f32[8]{0} parameter(0)\n"
+          + kernel + "  ROOT %after = f32[8]{0} negate(%k)\n}\n")
+  assert [one.name for one in hlo.parse(text).computations["main"]] == ["p", "k", "after"]
