@@ -52,7 +52,7 @@ def test_every_imported_package_is_a_declared_dependency(described):
   names = [re.match(r"[\w-]+", requirement)[0].replace("-", "_")
            for requirement in described["install_requires"]]
   declared = {imported_as.get(name, name) for name in names}
-  optional = {"torch", "apache_beam"}  # imported only by commands that say how to install them
+  optional = {"torch", "apache_beam", "libtpu"}  # imported only by commands that say how to install them
   used = {top(name) for path in SOURCES for name in imports(path)}
   assert used - declared - optional - set(PACKAGES) - set(sys.stdlib_module_names) == set()
 
