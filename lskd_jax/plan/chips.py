@@ -9,8 +9,8 @@ Sources
   dcn       Cloud TPU documentation: v5e 6.4 Tbit/s per pod of 256, v6e 25.6 Tbit/s, v5p 50 Gbit/s a chip.
             v4: assumed to be as v5p.
   prices    dollars per chip-hour in us-central1 (v4: us-central2), from skypilot-catalog's
-            catalogs/v8/gcp/vms.csv at commit 006059e0 (2026); v4 from cloud.google.com/tpu/pricing. Spot
-            prices change up to once a day: give --price.
+            catalogs/v8/gcp/vms.csv at commit 006059e0 (2026); v4's list price was not looked up again.
+            Spot prices change up to once a day: give --price.
 """
 from typing import NamedTuple
 
