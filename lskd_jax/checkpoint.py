@@ -57,6 +57,7 @@ class Checkpointer:
 
   Attributes:
     report: what `restore_latest` chose, and what it set aside and why; one line, or "".
+    set_aside: the steps it set aside.
   """
 
   def __init__(self, workdir, keep: int = 3, save_every: int = 1000, *, keep_best: int = 0,
@@ -69,7 +70,7 @@ class Checkpointer:
     self.workdir = epath.Path(workdir).absolute()
     self.directory = self.workdir / "checkpoints"
     self.save_every = save_every
-    self.report = ""
+    self.report, self.set_aside = "", ()
     self._kept = keep, keep_best, best_metric, best_mode
     self._frozen_source = frozen_source
     self._frozen = None  # digest of the frozen part, once this process has stored or restored it
@@ -256,6 +257,7 @@ class Checkpointer:
     if problem := agreement.from_first(settle):
       raise CheckpointError(f"damaged checkpoints cannot be moved to {self.workdir / 'damaged'}: {problem}")
     self._steps = (self._steps - set(aside)) | {step}
+    self.set_aside = tuple(aside)
     self.report = "; ".join([f"resuming from checkpoint {step}", *(
         f"set aside checkpoint {bad}: {problem}" for bad, problem in aside.items())])
     if jax.process_index() == 0:

@@ -129,8 +129,8 @@ def _train(config, workdir: Path, mesh, parts: Parts, watchers: Watchers, evalua
     extra = {"extended": False, "examples": ""}
     if found is not None:
       state, extra = found
-      if progress and jax.process_index() == 0:
-        print(saver.report, file=sys.stderr)
+      if jax.process_index() == 0 and (progress or saver.set_aside):
+        print(f"lskd: {saver.report}", file=sys.stderr)
       if extra["extended"]:
         is_extended, config, parts = True, *extended(config, parts)
     frozen = state.pop("frozen")
@@ -149,6 +149,10 @@ def _train(config, workdir: Path, mesh, parts: Parts, watchers: Watchers, evalua
                disable=not progress or jax.process_index() > 0, dynamic_ncols=True, leave=False)
     now, values, compiled = start, {}, False
 
+    def settle():
+      dog.at("wait", now)  # a process that is stuck in a step is not one that evaluates or saves
+      jax.block_until_ready(state)
+
     def save(measured: dict):
       writer.flush()  # a run killed after the save resumes behind these lines
       fed.flush()
@@ -165,9 +169,11 @@ def _train(config, workdir: Path, mesh, parts: Parts, watchers: Watchers, evalua
         measured = {}
         due = config.eval.every and (now % config.eval.every == 0 or now == steps)
         if evaluate and due and now > start:
+          settle()
           dog.at("evaluate", now)
           with rates.paused("evaluation"):
             measured = evaluate(parts.graph, nnx.merge_state(state["params"], frozen), now)
+          dog.at("log", now)
           writer.write(now, measured)
           bar.set_postfix({name: f"{value:.3f}" for name, value in measured.items()})
           if needs_more(config, measured, now, is_extended):
@@ -178,6 +184,7 @@ def _train(config, workdir: Path, mesh, parts: Parts, watchers: Watchers, evalua
         # save
         due = stop.at_boundary(now) if now > start else None
         if now > start and (due or saver.due(now) or now == steps):
+          settle()
           dog.at("save", now)
           with rates.paused("save"):
             save(values | measured)

@@ -59,7 +59,8 @@ class Watchdog:
   def at(self, phase: str, step: int) -> None:
     """The main thread is in `phase`, after `step` steps.
 
-    Phases: start, features (without a limit), restore, compile, step, evaluate, save, data.
+    Phases: start, features (without a limit), restore, compile, step, wait (for the step), evaluate, log,
+    save, data.
     """
     now = self._clock()
     if phase == "step":

@@ -37,7 +37,7 @@ def config_for(folder: Path):
   config.optim.update(warmup_steps=0, steps=STEPS, clip_norm=1e9)
   config.train.mesh.update(fsdp=2, tensor=2)
   config.train.update(save_every=SAVE_EVERY, keep=3, log_every=1, tensorboard=False, log_examples=True,
-                      hang_after=20.0, grace=20.0)
+                      hang_after=12.0, grace=20.0)
   config.eval.every = 1
   return config
 
@@ -48,7 +48,7 @@ def main() -> int:
   parser.add_argument("workdir", type=Path)
   parser.add_argument("--stuck", type=int, nargs=2, metavar=("PROCESS", "STEP"))
   parser.add_argument("--killed-once", type=int, nargs=2, metavar=("PROCESS", "STEP"))
-  parser.add_argument("--full-disk-from", type=int, metavar="STEP")
+  parser.add_argument("--full-disk-after", type=int, metavar="STEP")
   parser.add_argument("--processes", type=int, default=1)
   parser.add_argument("--process-id", type=int, default=0)
   parser.add_argument("--coordinator")
@@ -65,7 +65,7 @@ def main() -> int:
       os.kill(os.getpid(), signal.SIGKILL)
     if args.stuck == [args.process_id, step] and phase == "data":
       time.sleep(1000)
-    if args.full_disk_from == step:
+    if (args.workdir / f"checkpoints/{args.full_disk_after}/COMMITTED.json").exists():
       signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
       resource.setrlimit(resource.RLIMIT_FSIZE, (LARGEST_FILE, resource.RLIM_INFINITY))
 

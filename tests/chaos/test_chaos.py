@@ -183,13 +183,13 @@ def test_a_damaged_checkpoint_is_set_aside_and_the_one_before_it_used(
   *_, good, newest = durable(workdir)
   damage(workdir / "checkpoints" / str(newest))
   printed = finish(folder, workdir, processes)
-  assert f"checkpoint {newest} " in printed and f"step {good}" in printed
+  assert f"resuming from checkpoint {good}; set aside checkpoint {newest}: " in printed, printed
   assert list((workdir / "damaged").glob(f"{newest}*"))
   assert outcome(workdir) == undisturbed
 
 
 def test_a_full_disk_stops_the_run_and_leaves_the_last_good_checkpoint(folder, undisturbed, tmp_path):
-  with Run(folder, tmp_path / "run", 2, ("--full-disk-from", str(SAVE_EVERY + 1))) as run:
+  with Run(folder, tmp_path / "run", 2, ("--full-disk-after", str(SAVE_EVERY))) as run:
     codes = run.codes()
     assert exit_codes.CANNOT_SAVE in codes and set(codes) <= {exit_codes.CANNOT_SAVE, LOST, ABORTED}, (
         run.printed())
