@@ -25,9 +25,11 @@ RUNS = (  # what, config, topology, images a chip
 HEADER = ("run", "topology", "images/chip", "needs, of GB", "fits", "bound by", "statements/s/chip",
           "MFU at most", "MFU by compute alone", "hours", "on demand", "spot")
 SCALES = ("v5e:4x4", "v5e:8x8", "v5e:16x16")
-GROUPS = "train.mesh.data=-1", "train.mesh.fsdp=16"  # parameters over 16 chips, however many there are
-KINDS = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute")
 IMAGES = 16  # a chip, in the tables of scaling
+# Over 16 chips, however many there are: parameters, ITM's negatives, and what of ITC is held at a time.
+GROUPS = ("train.mesh.data=-1", "train.mesh.fsdp=16", f"loss.pool={16 * IMAGES}",
+          f"loss.itc_block={16 * IMAGES}")
+KINDS = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute")
 # A step whose memory is that of ITC: no ViT, two narrow blocks, short texts, no other loss.
 ITC_ALONE = ("data.cache_features=True", "model.vit.image_size=42", "model.qformer.depth=2",
              "model.qformer.remat=full", "data.text_tokens=16", "loss.itm=0.0", "loss.lm=0.0")
@@ -72,6 +74,9 @@ def print_scaling(low_effort: bool) -> None:
   print_head("chips", *KINDS, "all", "ms at the links", "temporaries GB")
   for named in SCALES:
     found = planned(STUDENT, named, IMAGES, low_effort, *GROUPS)
+    if found["memory"] is None:
+      print_row(named, found["refused"])
+      continue
     sent = [sum(row["network"] for row in found["collectives"] if row["kind"] == kind) for kind in KINDS]
     print_row(named, *map(gb, sent), gb(sum(sent)), f"{found['speed']['floors']['ici'] * 1e3:.0f}",
               gb(found["memory"]["temporaries"]))

@@ -120,7 +120,7 @@ def test_vit_and_decoder_stay_bit_for_bit_and_the_rest_learns(folder, kind, trai
 
 
 def test_frozen_parts_are_stored_once_and_have_no_optimizer_state(trained):
-  stored = json.loads((trained / f"checkpoints/{STEPS}/default/_METADATA").read_text())["tree_metadata"]
+  stored = json.loads((trained / f"checkpoints/{STEPS}/_METADATA").read_text())["tree_metadata"]
   parts = {part["key"] for leaf in stored.values() for part in leaf["key_metadata"]}
   assert {"params", "opt", "qformer", "decoder_proj"} <= parts and not {"vit", "decoder"} & parts
   once = {name.split("/")[0] for name in read_manifest(trained / "frozen")}
