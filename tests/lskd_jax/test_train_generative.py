@@ -119,12 +119,14 @@ def test_vit_and_decoder_stay_bit_for_bit_and_the_rest_learns(folder, kind, trai
   assert len(gates) == 3 and all(after[name].any() for name in gates)
 
 
-def test_frozen_parts_are_stored_once_and_have_no_optimizer_state(trained):
+def test_frozen_parts_are_referred_to_and_have_no_optimizer_state(folder, kind, trained):
   stored = json.loads((trained / f"checkpoints/{STEPS}/_METADATA").read_text())["tree_metadata"]
   parts = {part["key"] for leaf in stored.values() for part in leaf["key_metadata"]}
   assert {"params", "opt", "qformer", "decoder_proj"} <= parts and not {"vit", "decoder"} & parts
-  once = {name.split("/")[0] for name in read_manifest(trained / "frozen")}
-  assert once == {"vit", "decoder", "opens_bracket", "digit"}
+  reference = json.loads((trained / "frozen.json").read_text())
+  assert reference["model"] == str(folder / kind)
+  assert {name.split("/")[0] for name in reference["leaves"]} == {"vit", "decoder"}
+  assert set(read_manifest(trained / "frozen")) == {"opens_bracket", "digit"}  # no parameters, so not there
 
 
 def test_a_killed_run_goes_on_bit_for_bit(folder, kind, trained):
