@@ -11,9 +11,9 @@ import signal
 import sys
 import time
 
-from configs import scenes
 from lskd_jax import errors, parallel, preemption, watchdog
 from lskd_jax.train import train
+from tests import tiny_runs
 
 STEPS, SAVE_EVERY = 9, 3
 LARGEST_FILE = 60_000  # bytes on the full disk: metrics still fit, a checkpoint does not
@@ -26,18 +26,11 @@ def config_for(folder: Path):
   however processes are joined, the last bits of one over four are not. Of four is only the norm of the
   gradients, and nothing is clipped by it.
   """
-  config = scenes.get_config()
-  config.model.embed = 8
-  config.model.max_regions = 6
-  config.model.vit.update(image_size=24, width=16, depth=1, heads=2, hidden=32)
-  config.model.qformer.update(width=16, depth=1, cross_every=1, heads=2, hidden=32, queries=2)
-  config.data.update(corpus=str(folder / "taught"), image_root=str(folder / "words" / "images"),
-                     batch_size=4, statements=2, text_tokens=32)
+  config = tiny_runs.config_for(folder)
   config.loss.itm = 0.0  # takes longest to compile, and sums over the same devices as the others
-  config.optim.update(warmup_steps=0, steps=STEPS, clip_norm=1e9)
+  config.optim.update(steps=STEPS, clip_norm=1e9)
   config.train.mesh.update(fsdp=2, tensor=2)
-  config.train.update(save_every=SAVE_EVERY, keep=3, log_every=1, tensorboard=False, log_examples=True,
-                      hang_after=12.0, grace=20.0)
+  config.train.update(save_every=SAVE_EVERY, keep=3, log_examples=True, hang_after=12.0, grace=20.0)
   config.eval.every = 1
   return config
 

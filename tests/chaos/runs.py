@@ -2,10 +2,11 @@
 import json
 import os
 from pathlib import Path
-import socket
 import subprocess
 import sys
 import time
+
+from tests.tiny_runs import free_port
 
 ROOT = Path(__file__).resolve().parents[2]
 DEVICES = 4  # of a run, over all of its processes
@@ -98,9 +99,3 @@ def outcome(workdir: Path) -> dict:
   log = [json.loads(line) for line in (workdir / "examples.jsonl").read_text().splitlines()]
   return {"step": done["step"], "params_digest": done["params_digest"],
           "examples_digest": done["examples_digest"], "examples": log}
-
-
-def free_port() -> int:
-  with socket.socket() as found:
-    found.bind(("localhost", 0))
-    return found.getsockname()[1]

@@ -15,12 +15,12 @@ from typing import NamedTuple
 
 import pytest
 
-from data_pipeline import corpus_stages
 from lskd_jax import exit_codes
 from lskd_jax.supervisor import supervise
 from tests.chaos import runs
 from tests.chaos.one_process import SAVE_EVERY, STEPS
 from tests.chaos.runs import Run, finish, outcome
+from tests.tiny_runs import teach_scenes
 
 pytestmark = pytest.mark.slow
 
@@ -34,8 +34,7 @@ ABORTED = -signal.SIGABRT  # what the runtime does to a process whose coordinato
 def folder(tmp_path_factory):
   """Eight taught scenes."""
   folder = tmp_path_factory.mktemp("chaos")
-  corpus_stages.verbalize_scenes(folder / "words", 8, progress=False)
-  corpus_stages.teach_corpus(folder / "words", folder / "taught", progress=False)
+  teach_scenes(folder)
   return folder
 
 

@@ -7,38 +7,28 @@ import json
 import os
 from pathlib import Path
 import signal
-import socket
 import subprocess
 import sys
 import time
 
 import pytest
 
-from data_pipeline import corpus_stages
 from lskd_jax.exit_codes import DONE, PEER_LOST, PREEMPTED_SAVED, STUCK
 from lskd_jax.metrics import read_metrics
+from tests import tiny_runs
 
 ROOT = Path(__file__).resolve().parents[2]
 LONG = 280  # seconds
 STEPS = 100
 CONFIG = f"""
 from pathlib import Path
-from configs import scenes
+from tests import tiny_runs
 
 def get_config():
-  folder = Path(__file__).parent
-  config = scenes.get_config()
-  config.task = "tagger"
-  config.model.embed = 8
-  config.model.max_regions = 6
-  config.model.vit.update(image_size=24, width=16, depth=1, heads=2, hidden=32)
-  config.model.qformer.update(width=16, depth=1, cross_every=1, heads=2, hidden=32, queries=2)
-  config.data.update(corpus=str(folder / "taught"), image_root=str(folder / "words" / "images"),
-                     batch_size=4, statements=2, text_tokens=32)
-  config.data.texts.update(statements=0.0, captions=0.5, descriptions=0.5)
-  config.optim.update(warmup_steps=0, steps={STEPS})
+  config = tiny_runs.config_for(Path(__file__).parent, "tagger")
+  config.optim.steps = {STEPS}
   config.train.mesh.fsdp = 2
-  config.train.update(frozen=(), tensorboard=False, log_every=1, save_every=40, log_examples=True)
+  config.train.update(frozen=(), save_every=40, log_examples=True)
   return config
 """
 
@@ -46,8 +36,7 @@ def get_config():
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
   folder = tmp_path_factory.mktemp("survival")
-  corpus_stages.verbalize_scenes(folder / "words", 8, progress=False)
-  corpus_stages.teach_corpus(folder / "words", folder / "taught", progress=False)
+  tiny_runs.teach_scenes(folder)
   (folder / "config.py").write_text(CONFIG)
   return folder
 
@@ -56,9 +45,7 @@ class Processes:
   """`lskd train` as `count` processes on two devices; a context that leaves none behind."""
 
   def __init__(self, workdir, count, *overrides):
-    with socket.socket() as found:
-      found.bind(("localhost", 0))
-      port = found.getsockname()[1]
+    port = tiny_runs.free_port()
     self.workdir, self.metrics = workdir, workdir / "metrics.jsonl"
     self.before = self.metrics.exists() and self.metrics.stat().st_ino  # a run makes the file anew
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "JAX_NUM_CPU_DEVICES": str(2 // count)}

@@ -4,7 +4,6 @@ Run as a script, this file is one of the two processes.
 """
 import os
 from pathlib import Path
-import socket
 import subprocess
 import sys
 
@@ -12,39 +11,22 @@ import jax
 import numpy as np
 import pytest
 
-from configs import scenes
-from data_pipeline import corpus_stages
 from lskd_jax import checkpoint, parallel
 from lskd_jax.metrics import read_metrics
 from lskd_jax.train import train
 from lskd_jax.trees import named_leaves
+from tests import tiny_runs
 
 ROOT = Path(__file__).resolve().parents[2]
 
 
-def config_for(folder, devices, task):
+def one_step(folder, devices, task):
   """One step of a tiny model, a student with ITC, ITM and LM; a batch of four pictures in all."""
-  config = scenes.get_config()
-  config.task = task
-  config.model.embed = 8
-  config.model.max_regions = 6
-  config.model.vit.update(image_size=24, width=16, depth=1, heads=2, hidden=32)
-  config.model.qformer.update(width=16, depth=1, cross_every=1, heads=2, hidden=32, queries=2)
-  config.data.update(corpus=str(folder / "taught"), image_root=str(folder / "words" / "images"),
-                     batch_size=4, statements=2, text_tokens=32)
-  if task == "tagger":
-    config.data.texts.update(statements=0.0, captions=0.5, descriptions=0.5)
+  config = tiny_runs.config_for(folder, task)
   # Adam's first step is g / (|g| + eps). Of a key's bias g is 0 but for rounding: it must not count.
-  config.optim.update(warmup_steps=0, steps=1, eps=1e-3)
+  config.optim.update(steps=1, eps=1e-3)
   config.train.mesh.fsdp = devices
-  config.train.update(tensorboard=False, log_every=1)
   return config
-
-
-def free_port():
-  with socket.socket() as found:
-    found.bind(("localhost", 0))
-    return found.getsockname()[1]
 
 
 @pytest.mark.parametrize("task,logged", [
@@ -52,15 +34,14 @@ def free_port():
     # Three times the compilation of all losses, a minute on two cores.
     pytest.param("student", ["itc", "itm", "lm", "itm_region_swap_right"], marks=pytest.mark.slow)])
 def test_two_processes_train_as_one(tmp_path, task, logged):
-  corpus_stages.verbalize_scenes(tmp_path / "words", 8, progress=False)
-  corpus_stages.teach_corpus(tmp_path / "words", tmp_path / "taught", progress=False)
-  port = str(free_port())
+  tiny_runs.teach_scenes(tmp_path)
+  port = str(tiny_runs.free_port())
   environment = {**os.environ, "PYTHONPATH": str(ROOT), "JAX_NUM_CPU_DEVICES": "2"}
   with (tmp_path / "log").open("w") as log:
     processes = [subprocess.Popen([sys.executable, __file__, port, str(i), str(tmp_path), task],
                                   env=environment, stdout=log, stderr=log) for i in (0, 1)]
     try:
-      train(config_for(tmp_path, 1, task), tmp_path / "one", progress=False)
+      train(one_step(tmp_path, 1, task), tmp_path / "one", progress=False)
       codes = [process.wait(timeout=300) for process in processes]
     finally:
       for process in processes:
@@ -100,4 +81,4 @@ if __name__ == "__main__":
   port, number, folder, task = sys.argv[1:]
   parallel.initialize(f"localhost:{port}", 2, int(number))
   share_rows(int(number))
-  train(config_for(Path(folder), 4, task), Path(folder) / "two", progress=False, announce=print)
+  train(one_step(Path(folder), 4, task), Path(folder) / "two", progress=False, announce=print)
