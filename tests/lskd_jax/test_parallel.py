@@ -12,7 +12,7 @@ import pytest
 
 from lskd_jax import exit_codes, parallel
 from lskd_jax.parallel import make_mesh, own_rows, put_batch, rows_by_process
-from tests.lskd_jax.test_two_processes import free_port
+from tests.tiny_runs import free_port
 
 ROOT = Path(__file__).resolve().parents[2]
 
