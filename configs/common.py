@@ -92,7 +92,11 @@ def get_config() -> ConfigDict:
       compile_limit=3600.0,      # the same for a start, a restore, a compile, an evaluation or a save
       log_examples=False))       # examples.jsonl: which images each step was fed
 
-  config.eval = ConfigDict(dict(every=0))  # steps between evaluations; 0 = none
+  config.eval = ConfigDict(dict(  # losses on images that the run does not learn from
+      every=0,                   # steps between evaluations; 0 = none
+      corpus="", image_root="",  # as in data; "" = those of data
+      split="",                  # of that corpus, "" = all; one of the two has to be given
+      batches=0))                # of data.batch_size images, at most; 0 = all
 
   config.guard = ConfigDict(dict(  # a run that has not left chance at half its steps is extended
       metric="dev_q_a", at=0.5, below=0.32, factor=2.0))

@@ -16,7 +16,6 @@ def get_config():
   config.data.statements = 2
   config.loss.update(itc=0.1, itm=1.0, lm=0.5, region_swap=2.0)
   config.optim.update(learning_rate=1e-3, steps=600)
-  config.eval.every = 0
   config.train.save_every = 200
   config.guard.below = 0.0
   return config

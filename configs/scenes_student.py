@@ -22,5 +22,4 @@ def get_config():
   config.data.cache_features = True
   config.loss.update(itc=0.0, itm=0.0)  # three times the statements per second; LM is the head used
   config.optim.steps = 1000
-  config.eval.every = 250
   return config

@@ -117,8 +117,6 @@ def run_config(work: Path, name: str, run: str):
   config.optim.warmup_steps = min(config.optim.warmup_steps, config.optim.steps // 4)
   if size["quick"]:
     config.guard.below = 0.0  # so few steps never leave chance
-  if config.eval.every:
-    config.eval.every = max(config.optim.steps // 4, round(config.eval.every * size["steps"]))
   return config
 
 
@@ -181,6 +179,7 @@ def arm(work: Path, name: str) -> None:
     config.data.image_root = ""
   else:
     config.data.corpus = str(work / corpus)
+  config.eval.every = config.optim.steps // 4
   train(config, work / "runs" / name, evaluate=dev_evaluation(work))
 
 

@@ -114,6 +114,11 @@ class Preemption:
     """Whether the run has been told to stop."""
     return self._stop.reason is not None
 
+  def wait_until_told(self) -> None:
+    """Returns once this process knows that the run is to stop, which another one already does."""
+    with self._changed:
+      self._changed.wait_for(lambda: self._stop.proposal is not None)
+
   def keep_handler(self) -> None:
     """Warns once if something has replaced our signal handler, and puts it back."""
     culprit = self._term and self._term.keep()
@@ -171,6 +176,7 @@ class Preemption:
       with self._changed:  # the loop does not pass a boundary between the reading and the proposal
         agreement.proposal = NOWHERE if self._position is None else self._position
         agreement.since, agreement.reason = time.monotonic(), f"{reason} (process {process})"
+        self._changed.notify_all()
       store.set(f"{name}/proposal/{store.index}", str(agreement.proposal))
     proposals = {int(i): int(step) for i, step in store.list(f"{name}/proposal").items()}
     if kind == "stop" and NOWHERE in proposals.values():

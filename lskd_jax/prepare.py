@@ -1,5 +1,6 @@
-"""From a config to the parts of a run: sizes, tokenizer, loader, objective; and who owns a work directory."""
+"""From a config to the parts of a run: sizes, tokenizer, batches, step; and who owns a work directory."""
 from collections.abc import Callable, Iterator
+import dataclasses
 import json
 import math
 from pathlib import Path
@@ -10,16 +11,21 @@ import jax
 import optax
 
 from data_pipeline import tokenizer as tokenizers
-from data_pipeline.corpus import Corpus, open_corpus
-from data_pipeline.examples import LoaderOptions
-from data_pipeline.judge import read_judgements
+from data_pipeline.corpus import Corpus
 from data_pipeline.loader import Loader
 from data_pipeline.records import DataError
 from data_pipeline.stages import write_json
 from data_pipeline.texts import text_encoder
 from lskd_jax import checkpoint, features, losses, optim, parallel, rows, step
+from lskd_jax.batches import (
+  batches_of,
+  find_corpus,
+  find_held_out,
+  loader_options,
+  whole_batches,
+)
 from lskd_jax.frozen_dtype import narrowed
-from lskd_jax.judged import judged_corpus, judgement_columns
+from lskd_jax.held_out import HeldOut, make_evaluation_step, without_dropout
 from lskd_jax.models import build
 from lskd_jax.models.generative import GenerativeConfig
 from lskd_jax.models.student import StudentConfig
@@ -31,6 +37,7 @@ class Parts(NamedTuple):
 
   graph, params, frozen: of `step.split`, at the start. batches: (start, end) -> the batches of steps
   start + 1 to end, this process's rows. tx: the optimizer. train_step: of `step.make_train_step`.
+  held_out: None unless the config names images to evaluate on.
   """
   model_config: StudentConfig | GenerativeConfig
   graph: nnx.GraphDef
@@ -41,6 +48,7 @@ class Parts(NamedTuple):
   tx: optax.GradientTransformation
   train_step: Callable
   run_key: jax.Array
+  held_out: HeldOut | None
 
 
 def prepare(config, workdir: Path, mesh, progress: bool = True,
@@ -54,15 +62,8 @@ def prepare(config, workdir: Path, mesh, progress: bool = True,
     DataError, ValueError, CheckpointError: one line that names the file or key.
   """
   # --- data ---
-  corpus = open_corpus(config.data.corpus, config.data.image_root or None,
-                       config.data.min_score, config.data.split or None)
-  if config.task == "critic":
-    unjudged = [kind for kind in ("captions", "descriptions") if config.data.texts[kind]]
-    if unjudged:
-      raise DataError(f"data.texts.{unjudged[0]}={config.data.texts[unjudged[0]]}: a critic learns from "
-                      "judged statements only; set it to 0")
-    judgements = read_judgements(config.data.judgements)
-    corpus = judged_corpus(corpus, judgements)
+  corpus, columns = find_corpus(config, config.data.corpus, config.data.image_root, config.data.split)
+  others = find_held_out(config)
   tokenizer_dir = find_tokenizer(config, workdir, corpus)
   tokenizer = tokenizers.load_tokenizer(tokenizer_dir)
 
@@ -74,7 +75,7 @@ def prepare(config, workdir: Path, mesh, progress: bool = True,
   graph, params, frozen = divided(config, nnx.merge(graph, state))
 
   # --- batches ---
-  cached = None
+  cached = lambda corpus, part: None
   if config.data.cache_features:
     if "vit" not in config.train.frozen:
       raise ValueError("data.cache_features=True needs a ViT that does not change: add 'vit' to "
@@ -83,25 +84,27 @@ def prepare(config, workdir: Path, mesh, progress: bool = True,
       raise ValueError("data.cache_features=True works in a single process: set it to False")
     vit = nnx.merge(graph, params, frozen)
     vit = vit.student.vit if config.task == "critic" else vit.vit
-    at("features", 0)
-    cached = features.cached_features(vit, corpus, config.data.features or workdir / "features",
-                                      progress=progress)
-    at("start", 0)
+    folder = Path(config.data.features or workdir / "features")
+    cached = lambda corpus, part: features.cached_features(vit, corpus, folder / part, progress=progress)
+  own_rows, run_key = parallel.own_rows(mesh, config.data.batch_size), jax.random.key(config.seed)
+  options = loader_options(config)
+  loader = Loader(corpus, tokenizer, options, config.seed)
+  at("features", 0)
+  batches = batches_of(loader, own_rows, cached(corpus, ""), columns)
+  held_out = None
+  if others:
+    corpus, columns = others
+    loader = Loader(corpus, tokenizer, dataclasses.replace(options, augment=False), config.seed)
+    count = whole_batches(config, loader)
+    make = batches_of(loader, own_rows, cached(corpus, "held_out"), columns)
+    still = build.maker(config.task, without_dropout(model_config), tokenizer)
+    still_graph, *_ = divided(config, nnx.eval_shape(lambda: still(nnx.Rngs(0))))
+    held_out = HeldOut(lambda: make(0, count), make_evaluation_step(
+        still_graph, make_objective(config), loss_weights(config), config.train.microbatches), run_key)
+  at("start", 0)
   frozen = narrowed(graph, params, frozen, config.train.frozen_dtype)
-  loader = Loader(corpus, tokenizer, loader_options(config), config.seed)
-  columns = judgement_columns(corpus, judgements) if config.task == "critic" else None
-  own_rows = parallel.own_rows(mesh, config.data.batch_size)
-
-  def batches(start: int, end: int) -> Iterator[dict]:
-    for batch in loader.batches(start, end - start, own_rows):
-      if cached is not None:
-        batch["features"] = cached[batch["image_id"]]
-      if columns is not None:
-        batch |= columns(batch)
-      yield batch
-
   return Parts(model_config, graph, params, frozen, tokenizer_dir, batches, *make_step(config, graph),
-               jax.random.key(config.seed))
+               run_key, held_out)
 
 
 def extended(config, parts: Parts) -> tuple:
@@ -224,16 +227,6 @@ def check_division(config, mesh) -> None:
   rows.check_pool(images, config.loss.pool)
 
 
-def loader_options(config) -> LoaderOptions:
-  """The loader's options: the config's `data` group where the names agree."""
-  data = config.data
-  names = ("batch_size", "statements", "text_tokens", "region_mode", "shuffle_slots", "distractors",
-           "rationale_dropout", "augment")
-  return LoaderOptions(**{name: data[name] for name in names}, texts=data.texts.to_dict(),
-                       max_regions=config.model.max_regions,
-                       image_size=config.model.vit.image_size, images=not data.cache_features)
-
-
 def find_tokenizer(config, workdir: Path, corpus: Corpus) -> Path:
   """The tokenizer directory: the config's, the initial model's, or trained on the corpus."""
   if config.data.tokenizer:
@@ -293,5 +286,3 @@ def first_difference(a, b, path: str = "config") -> str:
       if a.get(key) != b.get(key):
         return first_difference(a.get(key), b.get(key), f"{path}.{key}")
   return path
-
-

@@ -55,23 +55,11 @@ def make_train_step(graphdef, optimizer, objective: Objective | Callable, loss_w
     max_grad_norm: a step whose loss or gradient norm is not finite, or whose norm is above this
       (0 = no bound), changes nothing but `step` and `skipped`. None makes every update.
   """
-  if not isinstance(objective, Objective):
-    objective = row_by_row(objective)
-
-  def gradients(params, frozen, batch, key):
-    model_of = lambda params: gathered(nnx.merge(graphdef, params, frozen, copy=True))
-    if microbatches == 1:
-      def whole(params):
-        losses, metrics = objective(model_of(params), batch, key)
-        return weighted_sum(losses, loss_weights), losses | metrics
-      (loss, metrics), grads = jax.value_and_grad(whole, has_aux=True)(params)
-      return loss, metrics, grads
-    return divided_gradients(objective, model_of, params, batch, key, loss_weights, microbatches)
-
   @functools.partial(jax.jit, donate_argnums=0, compiler_options=compiler_options())
   def train_step(state, frozen, batch, run_key):
     key = jax.random.fold_in(run_key, state["step"])
-    loss, metrics, grads = gradients(state["params"], frozen, batch, key)
+    loss, metrics, grads = loss_and_gradients(graphdef, objective, loss_weights, microbatches,
+                                              state["params"], frozen, batch, key)
     updates, opt = optimizer.update(grads, state["opt"], state["params"])
     updated = {"params": optax.apply_updates(state["params"], updates), "opt": opt}
     norm, skipped = optax.global_norm(grads), state["skipped"]
@@ -90,6 +78,22 @@ def make_train_step(graphdef, optimizer, objective: Objective | Callable, loss_w
                          if name in batch}
     return {"step": state["step"] + 1, "skipped": skipped, **updated}, means
   return train_step
+
+
+def loss_and_gradients(graphdef, objective: Objective | Callable, loss_weights: dict, microbatches: int,
+                       params, frozen, batch: dict, key):
+  """A batch's loss, its losses and metrics as {name: Weighted}, and the gradients; see `make_train_step`."""
+  if not isinstance(objective, Objective):
+    objective = row_by_row(objective)
+  model_of = lambda params: gathered(nnx.merge(graphdef, params, frozen, copy=True))
+  if microbatches > 1:
+    return divided_gradients(objective, model_of, params, batch, key, loss_weights, microbatches)
+
+  def whole(params):
+    losses, metrics = objective(model_of(params), batch, key)
+    return weighted_sum(losses, loss_weights), losses | metrics
+  (loss, metrics), grads = jax.value_and_grad(whole, has_aux=True)(params)
+  return loss, metrics, grads
 
 
 def weighted_sum(losses: dict, loss_weights: dict, totals: dict | None = None):

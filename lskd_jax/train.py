@@ -22,10 +22,12 @@ from flax import nnx
 import jax
 from tqdm import tqdm
 
+from data_pipeline.records import DataError
 from data_pipeline.stages import write_json
 from lskd_jax import (
   checkpoint,
   goodput,
+  held_out,
   metrics,
   not_finite,
   parallel,
@@ -36,6 +38,7 @@ from lskd_jax import (
   step,
   trees,
 )
+from lskd_jax.batches import has_held_out
 from lskd_jax.fed import Fed
 from lskd_jax.frozen_dtype import widened
 from lskd_jax.models import build
@@ -69,8 +72,8 @@ def train(config, workdir, *, evaluate: Callable | None = None, progress: bool =
   Args:
     config: as `configs/common.py` makes it.
     workdir: made when missing; belongs to this config alone.
-    evaluate: (graph, state, step) -> {metric: value}, every `config.eval.every` steps; its metric
-      `config.guard.metric` decides about extending the run.
+    evaluate: (graph, state, step) -> {metric: value}, every `config.eval.every` steps, besides the losses
+      on held-out images. The metric `config.guard.metric` decides about extending the run.
     announce: given what the run starts on, as text: processes, mesh, parameters. None = not wanted.
     stop: `preemption.install()`, made as early as possible; None leaves SIGTERM to the caller.
     began: when the process started, in seconds since 1970, for the goodput log; None = now.
@@ -82,6 +85,9 @@ def train(config, workdir, *, evaluate: Callable | None = None, progress: bool =
   """
   workdir = Path(workdir)
   claim(config, workdir)
+  if config.eval.every and not (evaluate or has_held_out(config)):
+    raise DataError(f"eval.every={config.eval.every}: there is nothing to evaluate on; name held-out images "
+                    "with eval.split or eval.corpus, or set it to 0")
   finished = workdir / "done.json"
   if finished.exists():
     done = json.loads(finished.read_text())
@@ -126,7 +132,7 @@ def _train(config, workdir: Path, mesh, parts: Parts, watchers: Watchers, evalua
     if announce:
       parameter_table.announce(state, mesh, workdir, announce)
     found = saver.restore_latest(state, mesh)
-    extra = {"extended": False, "examples": ""}
+    extra = {"extended": False, "examples": "", "evaluation_left": False}
     if found is not None:
       state, extra = found
       if jax.process_index() == 0 and (progress or saver.set_aside):
@@ -147,7 +153,7 @@ def _train(config, workdir: Path, mesh, parts: Parts, watchers: Watchers, evalua
     timer = SaveTimer(config.train, stop)
     bar = tqdm(total=steps, initial=start, desc=config.name, unit="step",
                disable=not progress or jax.process_index() > 0, dynamic_ncols=True, leave=False)
-    now, values, compiled = start, {}, False
+    now, values, compiled, left = start, {}, False, extra["evaluation_left"]
 
     def settle():
       dog.at("wait", now)  # a process that is stuck in a step is not one that evaluates or saves
@@ -156,7 +162,8 @@ def _train(config, workdir: Path, mesh, parts: Parts, watchers: Watchers, evalua
     def save(measured: dict):
       writer.flush()  # a run killed after the save resumes behind these lines
       fed.flush()
-      saver.save(now, {**state, "frozen": frozen}, {"extended": is_extended, "examples": fed.digest},
+      saver.save(now, {**state, "frozen": frozen},
+                 {"extended": is_extended, "examples": fed.digest, "evaluation_left": left},
                  metrics=measured if config.train.keep_best else None)
 
     # Inside of what would wait for the other processes, so that an error does not; `spent` never waits.
@@ -168,11 +175,10 @@ def _train(config, workdir: Path, mesh, parts: Parts, watchers: Watchers, evalua
         # evaluate
         measured = {}
         due = config.eval.every and (now % config.eval.every == 0 or now == steps)
-        if evaluate and due and now > start:
+        if (evaluate or parts.held_out) and due and (now > start or left):
           settle()
-          dog.at("evaluate", now)
           with rates.paused("evaluation"):
-            measured = evaluate(parts.graph, nnx.merge_state(state["params"], frozen), now)
+            measured, left = _evaluate(parts, evaluate, state["params"], frozen, now, watchers)
           dog.at("log", now)
           writer.write(now, measured)
           bar.set_postfix({name: f"{value:.3f}" for name, value in measured.items()})
@@ -236,6 +242,25 @@ def _train(config, workdir: Path, mesh, parts: Parts, watchers: Watchers, evalua
              nnx.merge_state(state["params"], frozen), parts.tokenizer_dir)
   return {"step": steps, "params_digest": trees.params_digest(state["params"]),
           "examples_digest": fed.digest, "restarts": restarts, "extended": is_extended}
+
+
+def _evaluate(parts: Parts, evaluate: Callable | None, params, frozen, now: int, watchers: Watchers):
+  """An evaluation's metrics, and whether it was left because the run is to stop.
+
+  One that was left is made again before anything else when the run goes on.
+  """
+  stop, dog, _ = watchers
+  dog.at("evaluate", now)
+  measured = {}
+  if parts.held_out:
+    measured = held_out.measure(parts.held_out, params, frozen, lambda: stop.stopping,
+                                lambda: dog.at("evaluate", now))
+    if measured is None:
+      stop.wait_until_told()
+      return {}, True
+  if evaluate:
+    measured |= evaluate(parts.graph, nnx.merge_state(params, frozen), now)
+  return measured, False
 
 
 def _peak(mesh):

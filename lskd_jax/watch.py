@@ -46,7 +46,7 @@ def read(workdir) -> State:
   saved = workdir / "checkpoints"
   steps = committed.steps(saved) if saved.exists() else []
   lines = read_metrics(workdir / "metrics.jsonl")
-  curves = [name for name in ("loss", config.get("guard", {}).get("metric"))
+  curves = [name for name in ("loss", "held_out_loss", config.get("guard", {}).get("metric"))
             if any(name in line for line in lines)]
   return State(lines, curves, total, max(steps, default=None), goodput.summary(workdir), done)
 
@@ -57,7 +57,8 @@ def screen(workdir, now: float, width: int = 100, names: tuple[str, ...] = ()) -
   Args:
     now: seconds since 1970.
     width: columns.
-    names: metrics to draw; () = the loss, and the metric of config.guard if an evaluation measures it.
+    names: metrics to draw; () = the loss, and if an evaluation measures them its held-out loss and the
+      metric of config.guard.
   """
   state = read(workdir)
   drawn = [curve(state.lines, name, width) for name in names or state.curves]

@@ -12,6 +12,7 @@ import pytest
 
 from configs import common
 from lskd_jax import cli, optim, parallel, step
+from lskd_jax.batches import loader_options
 from lskd_jax.config_files import known_keys, load_config
 from lskd_jax.models.build import run_config
 from lskd_jax.models.critic import Critic
@@ -20,7 +21,6 @@ from lskd_jax.models.decoders.t5 import FLAN_T5_XXL
 from lskd_jax.models.generative import DECODERS, GenerativeStudent
 from lskd_jax.models.student import Student, Tagger
 from lskd_jax.models.vit import CLIP_VIT_L, EVA_VIT_G
-from lskd_jax.prepare import loader_options
 
 FOLDER = Path(common.__file__).parent
 ALL = sorted(path.stem for path in FOLDER.glob("[a-z]*.py")

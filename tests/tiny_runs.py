@@ -1,4 +1,4 @@
-"""What tests that start real training processes share: eight taught scenes, a tiny run on them, a port."""
+"""What tests that start real training processes share: a few taught scenes, a tiny run on them, a port."""
 from pathlib import Path
 import socket
 
@@ -10,6 +10,17 @@ def teach_scenes(folder: Path) -> None:
   """Puts eight scenes into `folder/words`, and with statements into `folder/taught`."""
   corpus_stages.verbalize_scenes(folder / "words", 8, progress=False)
   corpus_stages.teach_corpus(folder / "words", folder / "taught", progress=False)
+
+
+def teach_others(folder: Path) -> None:
+  """Puts ten scenes that are not among those into `folder/other words` and `folder/others`."""
+  corpus_stages.verbalize_scenes(folder / "other words", 10, seed=1, split="validation", progress=False)
+  corpus_stages.teach_corpus(folder / "other words", folder / "others", progress=False)
+
+
+def evaluate_on_others(config, folder: Path) -> None:
+  """Adds an evaluation after each step, on the scenes of `teach_others`."""
+  config.eval.update(every=1, corpus=str(folder / "others"), image_root=str(folder / "other words/images"))
 
 
 def config_for(folder: Path, task: str = "student"):

@@ -61,9 +61,9 @@ def run_config(args, stop, began: float) -> None:
   """`train`, with the `Preemption` that may end it; began: when, in seconds since 1970."""
   from lskd_jax.config_files import load_config
   config = load_config(args.config, args.overrides)  # before anything slow
-  corpus = Path(config.data.corpus)
-  if (corpus / "stage.json").exists() and not config.data.image_root:
-    config.data.image_root = str(folders.image_root(corpus, needed=False) or "")
+  for group in (config.data, config.eval):
+    if group.corpus and (Path(group.corpus) / "stage.json").exists() and not group.image_root:
+      group.image_root = str(folders.image_root(Path(group.corpus), needed=False) or "")
   import jax
 
   from lskd_jax import goodput, parallel

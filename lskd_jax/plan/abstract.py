@@ -7,7 +7,7 @@ import jax
 from jax.sharding import AbstractMesh, AxisType, NamedSharding
 
 from data_pipeline import tokenizer as tokenizers
-from lskd_jax import parallel, prepare, step
+from lskd_jax import batches, parallel, prepare, step
 from lskd_jax.frozen_dtype import narrowed
 from lskd_jax.models import build
 from lskd_jax.models.generative import DECODERS
@@ -98,7 +98,7 @@ def vocabulary(config, published: bool) -> int:
 
 def batch_shapes(config, model_config) -> dict:
   """{name: (shape, dtype)} of the batch a step takes: the loader's, with cached features and judgements."""
-  options = prepare.loader_options(config)
+  options = batches.loader_options(config)
   images, texts, regions = options.batch_size, options.statements, options.max_regions
   shapes = {
       "image_id": ((images,), "int32"),

@@ -19,7 +19,7 @@ STEPS, SAVE_EVERY = 9, 3
 LARGEST_FILE = 60_000  # bytes on the full disk: metrics still fit, a checkpoint does not
 
 
-def config_for(folder: Path):
+def config_for(folder: Path, held_out: bool = False):
   """A student with ITC and LM on four devices; the corpus is in `folder`.
 
   Runs of one, two and four processes are compared bit for bit. A sum over two devices is the same
@@ -31,6 +31,8 @@ def config_for(folder: Path):
   config.optim.update(steps=STEPS, clip_norm=1e9)
   config.train.mesh.update(fsdp=2, tensor=2)
   config.train.update(save_every=SAVE_EVERY, keep=3, log_examples=True, hang_after=12.0, grace=20.0)
+  if held_out:
+    tiny_runs.evaluate_on_others(config, folder)
   config.eval.every = 1
   return config
 
@@ -42,6 +44,7 @@ def main() -> int:
   parser.add_argument("--stuck", type=int, nargs=2, metavar=("PROCESS", "STEP"))
   parser.add_argument("--killed-once", type=int, nargs=2, metavar=("PROCESS", "STEP"))
   parser.add_argument("--full-disk-after", type=int, metavar="STEP")
+  parser.add_argument("--held-out", action="store_true", help="evaluations of two slow batches")
   parser.add_argument("--processes", type=int, default=1)
   parser.add_argument("--process-id", type=int, default=0)
   parser.add_argument("--coordinator")
@@ -56,6 +59,8 @@ def main() -> int:
     if args.killed_once == [args.process_id, step] and phase == "data" and not (marks / "killed").exists():
       (marks / "killed").touch()
       os.kill(os.getpid(), signal.SIGKILL)
+    if args.held_out and phase == "evaluate":
+      time.sleep(0.5)  # longer than it takes to notice a signal
     if args.stuck == [args.process_id, step] and phase == "data":
       time.sleep(1000)
     if (args.workdir / f"checkpoints/{args.full_disk_after}/COMMITTED.json").exists():
@@ -74,11 +79,12 @@ def main() -> int:
 def run(args) -> None:
   """What `lskd train` does, with an evaluation that takes as long as a signal needs."""
   def evaluate(graph, state, step: int) -> dict:
-    time.sleep(0.2)
+    if not args.held_out:
+      time.sleep(0.2)
     return {}
   stop = preemption.install()
   parallel.initialize(args.coordinator, args.processes, args.process_id)
-  train(config_for(args.folder), args.workdir, evaluate=evaluate, progress=False, stop=stop)
+  train(config_for(args.folder, args.held_out), args.workdir, evaluate=evaluate, progress=False, stop=stop)
 
 
 if __name__ == "__main__":

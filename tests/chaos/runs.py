@@ -21,10 +21,10 @@ class Run:
   """The processes of one run on `workdir`; leaving the `with` kills what is left of them.
 
   Args:
-    faults: flags of `one_process.py`.
+    flags: of `one_process.py`.
   """
 
-  def __init__(self, folder: Path, workdir: Path, processes: int, faults: tuple[str, ...] = ()):
+  def __init__(self, folder: Path, workdir: Path, processes: int, flags: tuple[str, ...] = ()):
     self.workdir = workdir
     workdir.mkdir(exist_ok=True)
     for mark in (workdir / "marks").glob("*"):
@@ -37,7 +37,7 @@ class Run:
     for i in range(processes):
       with self.log(i).open("ab") as log:
         self.processes.append(subprocess.Popen(
-            [sys.executable, str(script), str(folder), str(workdir), *faults, "--processes", str(processes),
+            [sys.executable, str(script), str(folder), str(workdir), *flags, "--processes", str(processes),
              "--process-id", str(i), "--coordinator", f"localhost:{port}"],
             env=environment, stdout=log, stderr=log))
 
@@ -86,9 +86,9 @@ class Run:
       process.wait()
 
 
-def finish(folder: Path, workdir: Path, processes: int) -> str:
+def finish(folder: Path, workdir: Path, processes: int, flags: tuple[str, ...] = ()) -> str:
   """Runs to the end; what the processes printed."""
-  with Run(folder, workdir, processes) as run:
+  with Run(folder, workdir, processes, flags) as run:
     assert run.codes() == [0] * processes, run.printed()
     return run.printed()
 

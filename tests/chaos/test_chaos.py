@@ -16,11 +16,12 @@ from typing import NamedTuple
 import pytest
 
 from lskd_jax import exit_codes
+from lskd_jax.metrics import read_metrics
 from lskd_jax.supervisor import supervise
 from tests.chaos import runs
 from tests.chaos.one_process import SAVE_EVERY, STEPS
 from tests.chaos.runs import Run, finish, outcome
-from tests.tiny_runs import teach_scenes
+from tests.tiny_runs import teach_others, teach_scenes
 
 pytestmark = pytest.mark.slow
 
@@ -32,9 +33,10 @@ ABORTED = -signal.SIGABRT  # what the runtime does to a process whose coordinato
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-  """Eight taught scenes."""
+  """Eight taught scenes to learn from, and ten others."""
   folder = tmp_path_factory.mktemp("chaos")
   teach_scenes(folder)
+  teach_others(folder)
   return folder
 
 
@@ -114,6 +116,22 @@ def test_a_run_that_is_ended_goes_on(folder, undisturbed, tmp_path, case):
   if case.saved is not None:
     assert max(steps) == case.saved, run.printed()
   finish(folder, run.workdir, case.after)
+  assert outcome(run.workdir) == undisturbed
+
+
+@pytest.mark.parametrize("before,after,which", [(2, 2, (1,)), (2, 4, ()), (4, 1, (3,))])
+def test_an_evaluation_is_left_and_made_again_when_the_run_goes_on(folder, undisturbed, tmp_path, before,
+                                                                   after, which):
+  """On held-out images: its batches are collectives, which all processes have to leave at the same one."""
+  with Run(folder, tmp_path / "run", before, ("--held-out",)) as run:
+    run.wait_for("evaluate", 4, which[0] if which else 0)
+    run.signal(TERM, *which)
+    assert set(run.codes()) == {SAVED}, run.printed()
+  evaluated = lambda: [line["step"] for line in read_metrics(run.workdir / "metrics.jsonl")
+                       if "held_out_loss" in line]
+  assert (durable(run.workdir)[-1], evaluated()) == (4, [1, 2, 3]), run.printed()
+  finish(folder, run.workdir, after, ("--held-out",))
+  assert evaluated() == list(range(1, STEPS + 1))
   assert outcome(run.workdir) == undisturbed
 
 

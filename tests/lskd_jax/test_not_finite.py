@@ -12,9 +12,9 @@ from data_pipeline.loader import Loader
 from data_pipeline.records import DataError
 from data_pipeline.tokenizer import load_tokenizer
 from lskd_jax import exit_codes, goodput
+from lskd_jax.batches import loader_options
 from lskd_jax.metrics import read_metrics
 from lskd_jax.not_finite import NotFiniteError
-from lskd_jax.prepare import loader_options
 from lskd_jax.replay import reproduce_step
 from lskd_jax.train import train
 

@@ -6,7 +6,7 @@ from data_pipeline import tokenizer as tokenizers
 from data_pipeline.corpus import open_corpus
 from data_pipeline.loader import Loader
 from data_pipeline.records import DataError
-from lskd_jax import cli, metrics, prepare
+from lskd_jax import batches, cli, metrics, prepare
 from lskd_jax.config_files import load_config
 from lskd_jax.plan import abstract, measure, topology
 from tests.lskd_jax.tiny_models import OVERRIDES, make_model
@@ -47,7 +47,7 @@ def corpus(tmp_path_factory):
 def test_the_batch_is_what_the_loader_gives(name, corpus):
   loaded = config(name)
   _, tokenizer, _ = abstract.known(loaded)
-  batch = Loader(corpus, tokenizer, prepare.loader_options(loaded), 0).batch(0)
+  batch = Loader(corpus, tokenizer, batches.loader_options(loaded), 0).batch(0)
   shapes = abstract.batch_shapes(loaded, prepare.sized(loaded, tokenizer))
   assert {name: (rows.shape, str(rows.dtype)) for name, rows in batch.items()} == shapes
 
