@@ -7,6 +7,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from tqdm import tqdm
 
 from lskd_jax import parallel
 from lskd_jax.losses import Objective, Weighted
@@ -16,10 +17,11 @@ from lskd_jax.step import loss_and_gradients
 class HeldOut(NamedTuple):
   """What an evaluation is made of.
 
-  batches: () -> the same batches each time, this process's rows. evaluate: of `make_evaluation_step`.
-  key: of the draws of negatives.
+  batches: () -> the same `count` batches each time, this process's rows. evaluate: of
+  `make_evaluation_step`. key: of the draws of negatives.
   """
   batches: Callable[[], Iterator[dict]]
+  count: int
   evaluate: Callable
   key: jax.Array
 
@@ -50,7 +52,7 @@ def make_evaluation_step(graphdef, objective: Objective | Callable, loss_weights
 
 
 def measure(held_out: HeldOut, params, frozen, told: Callable[[], bool],
-            alive: Callable[[], None]) -> dict[str, float] | None:
+            alive: Callable[[], None], progress: bool = False) -> dict[str, float] | None:
   """The means over all batches, as `held_out_<metric>`; None if some process was told to stop.
 
   All processes then leave behind the same batch: whether they were told travels with their rows.
@@ -67,12 +69,15 @@ def measure(held_out: HeldOut, params, frozen, told: Callable[[], bool],
       sums[name] = sums.get(name, np.zeros(2)) + np.array(value, np.float64)
     return bool(leave)
 
-  for number, batch in enumerate(held_out.batches()):
+  shown = tqdm(held_out.batches(), "evaluate", held_out.count, unit="batch", leave=False, dynamic_ncols=True,
+               disable=not progress or jax.process_index() > 0)
+  for number, batch in enumerate(shown):
     alive()
     batch["told"] = np.full(len(batch["image_id"]), told())
     found = held_out.evaluate(params, frozen, parallel.put_batch(batch, mesh),
                               jax.random.fold_in(held_out.key, number))
     if before and add(before):  # one behind, so that the device always has a batch to work on
+      shown.close()
       return None
     before = found
   add(before)

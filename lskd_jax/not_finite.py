@@ -26,16 +26,20 @@ class Watch:
       gives them, and `facts`, a JSON text with the step's metrics.
     max_skipped: how many steps in a row.
     batch_of: step number -> this process's rows, made anew; they are a function of the step.
+    flush: writes the metrics of all steps so far, which a process that ends at once would lose.
   """
 
-  def __init__(self, workdir, max_skipped: int, batch_of: Callable[[int], dict[str, np.ndarray]]):
+  def __init__(self, workdir, max_skipped: int, batch_of: Callable[[int], dict[str, np.ndarray]],
+               flush: Callable[[], None] = lambda: None):
     self._folder, self._max, self._batch_of = Path(workdir) / "not_finite", max_skipped, batch_of
+    self._flush = flush
     self._before = None
 
   def __call__(self, step: int, values: dict) -> None:
     values["skipped_in_row"].copy_to_host_async()
     before, self._before = self._before, (step, values)
     if before and int(jax.device_get(before[1]["skipped_in_row"])) >= self._max:
+      self._flush()
       raise self._stop(*before)
 
   def _stop(self, step: int, values: dict) -> NotFiniteError:

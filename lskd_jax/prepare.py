@@ -99,7 +99,7 @@ def prepare(config, workdir: Path, mesh, progress: bool = True,
     make = batches_of(loader, own_rows, cached(corpus, "held_out"), columns)
     still = build.maker(config.task, without_dropout(model_config), tokenizer)
     still_graph, *_ = divided(config, nnx.eval_shape(lambda: still(nnx.Rngs(0))))
-    held_out = HeldOut(lambda: make(0, count), make_evaluation_step(
+    held_out = HeldOut(lambda: make(0, count), count, make_evaluation_step(
         still_graph, make_objective(config), loss_weights(config), config.train.microbatches), run_key)
   at("start", 0)
   frozen = narrowed(graph, params, frozen, config.train.frozen_dtype)

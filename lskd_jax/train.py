@@ -147,7 +147,7 @@ def _train(config, workdir: Path, mesh, parts: Parts, watchers: Watchers, evalua
     writer = metrics.MetricWriter(workdir, start, config.train.tensorboard)
     fed = Fed(workdir, start, extra["examples"], config.train.log_examples)
     guard = not_finite.Watch(workdir, config.train.max_skipped,
-                             lambda number: next(parts.batches(number - 1, number)))
+                             lambda number: next(parts.batches(number - 1, number)), writer.flush)
     profiler = profiles.Profiler(workdir)
     rates = metrics.Throughput(record=spent.add)
     timer = SaveTimer(config.train, stop)
@@ -178,10 +178,11 @@ def _train(config, workdir: Path, mesh, parts: Parts, watchers: Watchers, evalua
         if (evaluate or parts.held_out) and due and (now > start or left):
           settle()
           with rates.paused("evaluation"):
-            measured, left = _evaluate(parts, evaluate, state["params"], frozen, now, watchers)
+            measured, left = _evaluate(parts, evaluate, state["params"], frozen, now, watchers, progress)
           dog.at("log", now)
           writer.write(now, measured)
-          bar.set_postfix({name: f"{value:.3f}" for name, value in measured.items()})
+          bar.set_postfix({name: f"{value:.3f}" for name, value in measured.items()
+                           if name == "held_out_loss" or not name.startswith("held_out_")})
           if needs_more(config, measured, now, is_extended):
             is_extended, config, parts = True, *extended(config, parts)
             steps, compiled = config.optim.steps, False
@@ -244,7 +245,8 @@ def _train(config, workdir: Path, mesh, parts: Parts, watchers: Watchers, evalua
           "examples_digest": fed.digest, "restarts": restarts, "extended": is_extended}
 
 
-def _evaluate(parts: Parts, evaluate: Callable | None, params, frozen, now: int, watchers: Watchers):
+def _evaluate(parts: Parts, evaluate: Callable | None, params, frozen, now: int, watchers: Watchers,
+              progress: bool):
   """An evaluation's metrics, and whether it was left because the run is to stop.
 
   One that was left is made again before anything else when the run goes on.
@@ -254,7 +256,7 @@ def _evaluate(parts: Parts, evaluate: Callable | None, params, frozen, now: int,
   measured = {}
   if parts.held_out:
     measured = held_out.measure(parts.held_out, params, frozen, lambda: stop.stopping,
-                                lambda: dog.at("evaluate", now))
+                                lambda: dog.at("evaluate", now), progress)
     if measured is None:
       stop.wait_until_told()
       return {}, True

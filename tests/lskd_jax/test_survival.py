@@ -13,7 +13,7 @@ import time
 
 import pytest
 
-from lskd_jax.exit_codes import DONE, PEER_LOST, PREEMPTED_SAVED, STUCK
+from lskd_jax.exit_codes import DONE, NOT_FINITE, PEER_LOST, PREEMPTED_SAVED, STUCK
 from lskd_jax.metrics import read_metrics
 from tests import tiny_runs
 
@@ -137,3 +137,27 @@ def test_a_process_that_stands_still_is_named_and_the_run_ends(folder):
     assert run.children[0].wait(timeout=LONG) == STUCK, run.said()
   assert "process 1 is late" in json.loads((workdir / "crash-0.json").read_text())["reason"]
   assert "train.py" in (workdir / "stacks-0.txt").read_text()
+
+
+@pytest.mark.slow
+def test_two_processes_stop_at_the_same_broken_step_and_do_it_again(folder):
+  """A learning rate that float32 has as infinite: each keeps its rows of the batch, both replay the step."""
+  workdir, broken = folder / "broken", ("--config.optim.learning_rate=1e300", "--config.train.max_skipped=3")
+  with Processes(workdir, 2, *broken) as run:
+    assert NOT_FINITE in run.codes(), run.said()
+  assert run.said().count("--reproduce-step 4") >= 1
+  assert sorted(path.name for path in (workdir / "not_finite").iterdir()) == [
+      "step-4-process-0.npz", "step-4-process-1.npz"]
+  with Processes(workdir, 2, *broken, "--reproduce-step", "4") as run:
+    assert run.codes() == [DONE] * 2, run.said()
+  assert "equal to metrics.jsonl" in run.said() and "gradients that are not finite" in run.said()
+
+
+@pytest.mark.slow
+def test_a_profile_of_one_of_two_processes_on_demand(folder):
+  workdir = folder / "profiled"
+  with Processes(workdir, 2) as run:
+    run.at_step(3).children[1].send_signal(signal.SIGUSR2)
+    assert run.codes() == [DONE] * 2, run.said()
+  (trace,) = (workdir / "profiles").iterdir()
+  assert trace.name.endswith("-process-1") and list(trace.rglob("*.xplane.pb"))
