@@ -167,7 +167,10 @@ def _open_jsonl(path: Path, image_root, min_score, split) -> Corpus:
   """A corpus over lines of jsonl files, found by their offsets: only small ones stay in memory."""
   files = [path] if path.is_file() else [shard.path for shard in stages.open_shards(path)]
   handles = [file.open("rb") for file in files]
-  lines = [line for k, file in enumerate(files) for line in _lines(k, file, split)]
+  found = [line for k, file in enumerate(files) for line in _lines(k, file)]
+  lines = [line for line, name in found if split in (None, name)]
+  if found and not lines:
+    raise DataError(_no_split(path, split, {name for _, name in found}))
 
   def read_record(row: int) -> ImageRecord:  # pread: threads share a file, not a position in it
     k, start, length = lines[row]
@@ -180,21 +183,24 @@ def _open_jsonl(path: Path, image_root, min_score, split) -> Corpus:
   return corpus
 
 
-def _lines(k: int, file: Path, split: str | None) -> Iterator[tuple[int, int, int]]:
-  """(k, start, length) of each record of one split in a jsonl file."""
+def _lines(k: int, file: Path) -> Iterator[tuple[tuple[int, int, int], str]]:
+  """(k, start, length) and split of each record in a jsonl file."""
   start = 0
   with file.open("rb") as lines:
     for number, line in enumerate(lines, start=1):
       if line.strip():
         try:
           row = json.loads(line)
-          found = row.get("split", "train")
+          split = row.get("split", "train")
         except (ValueError, AttributeError):
           fault = "not a whole JSON object (half-written?)"
           raise DataError(f"{file}:{number}: {fault}; mend or delete the line") from None
-        if split in (None, found):
-          yield k, start, len(line)
+        yield (k, start, len(line)), split
       start += len(line)
+
+
+def _no_split(path: Path, split: str, known) -> str:
+  return f"{path}: has no split {split!r}; choose from {sorted(known)}"
 
 
 def _name(path: Path, split: str | None) -> str:
@@ -214,7 +220,7 @@ def _open_lck(path: Path, min_score, split) -> Corpus:
   splits = list(manifest["splits"]) if split is None else [split]
   for name in splits:
     if name not in manifest["splits"]:
-      raise DataError(f"{path}: has no split {name!r}; choose from {sorted(manifest['splits'])}")
+      raise DataError(_no_split(path, name, manifest["splits"]))
   source = tfds.builder_from_directory(str(path)).as_data_source(
     "+".join(splits), deserialize_method=tfds.decode.DeserializeMethod.RAW_BYTES
   )

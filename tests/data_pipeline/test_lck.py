@@ -260,7 +260,7 @@ def test_a_stage_folder_is_a_corpus_too(root, tmp_path):
   assert len(open_corpus(tmp_path, root)) == 2
   with pytest.raises(DataError, match="give the image root"):
     open_corpus(tmp_path).image_bytes(0)
-  with pytest.raises(DataError, match="is empty"):
+  with pytest.raises(DataError, match="has no split"):
     open_corpus(tmp_path, root, split="test")
 
 

@@ -147,7 +147,7 @@ def test_a_run_that_is_told_to_stop_leaves_its_evaluation_and_makes_it_when_it_g
     (dict(eval=dict(corpus="")), "eval.every=1: there is nothing to evaluate on; name held-out images"),
     (dict(eval=dict(corpus="", split="train")), "eval.split='train': the run learns from these images"),
     (dict(data=dict(corpus="others", split="validation")), "eval.split='': the run learns from these"),
-    (dict(eval=dict(split="test")), r"others .split 'test'.: the corpus is empty"),
+    (dict(eval=dict(split="test")), r"others: has no split 'test'; choose from .'validation'."),
     (dict(data=dict(batch_size=16)), "10 images with texts do not fill one batch of data.batch_size=16"),
 ])
 def test_what_cannot_be_evaluated_is_one_line(folder, tmp_path, groups, error):
