@@ -38,7 +38,8 @@ def find_held_out(config) -> tuple[Corpus, Callable | None] | None:
     return None
   held_out, data = config.eval, config.data
   path = held_out.corpus or data.corpus
-  if Path(path) == Path(data.corpus) and (held_out.split == data.split or "" in (held_out.split, data.split)):
+  same_corpus = Path(path).resolve() == Path(data.corpus).resolve()
+  if same_corpus and (not held_out.split or data.split in ("", held_out.split)):
     raise DataError(f"eval.split={held_out.split!r}: the run learns from these images of {path}; name "
                     "another split, or another eval.corpus")
   image_root = held_out.image_root if held_out.corpus else data.image_root

@@ -85,13 +85,13 @@ def train(config, workdir, *, evaluate: Callable | None = None, progress: bool =
   """
   workdir = Path(workdir)
   claim(config, workdir)
-  if config.eval.every and not (evaluate or has_held_out(config)):
-    raise DataError(f"eval.every={config.eval.every}: there is nothing to evaluate on; name held-out images "
-                    "with eval.split or eval.corpus, or set it to 0")
   finished = workdir / "done.json"
   if finished.exists():
     done = json.loads(finished.read_text())
     return Run(workdir / "model", done["step"], done["extended"])
+  if config.eval.every and not (evaluate or has_held_out(config)):
+    raise DataError(f"eval.every={config.eval.every}: there is nothing to evaluate on; name held-out images "
+                    "with eval.split or eval.corpus, or set it to 0")
   watchers = Watchers(stop or preemption.Preemption(),
                       Watchdog(workdir, config.train.hang_after, config.train.compile_limit),
                       goodput.Log(workdir, began))

@@ -249,7 +249,7 @@ def test_a_mistyped_corpus_claims_nothing(folder, tmp_path):
   config = words_config(folder)
   config.data.corpus = str(folder / "taugth")
   with pytest.raises(DataError, match="taugth"):
-    run(config, tmp_path / "run")
+    run(config, tmp_path / "run", at_chance)
   assert not (tmp_path / "run" / "config.json").exists()
 
 
@@ -272,7 +272,7 @@ def test_a_vit_that_was_frozen_in_bfloat16_leaves_with_all_its_bits(folder, word
   config.train.update(frozen=("vit",), frozen_dtype="bfloat16")
   config.optim.steps = 2
   workdir = folder / "runs/narrow"
-  run(config, workdir)
+  run(config, workdir, at_chance)
   stored = read_manifest(workdir / "frozen")
   assert {stored[name]["dtype"] for name in stored if name.endswith("kernel")} == {"bfloat16"}
   initial, trained = parameters(words), parameters(workdir)

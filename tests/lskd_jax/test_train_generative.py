@@ -37,10 +37,12 @@ DECODERS = {
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-  """Two taught scenes, and for each decoder a tokenizer and a model to start from."""
+  """Two taught scenes, two to evaluate on, and for each decoder a tokenizer and a model to start from."""
   folder = tmp_path_factory.mktemp("generative")
   corpus_stages.verbalize_scenes(folder / "words", 2, progress=False)
   corpus_stages.teach_corpus(folder / "words", folder / "taught", progress=False)
+  corpus_stages.verbalize_scenes(folder / "other words", 2, seed=1, progress=False)
+  corpus_stages.teach_corpus(folder / "other words", folder / "others", progress=False)
   corpus = corpus_of(list(stages.read_records(folder / "taught")), folder / "words" / "images")
   texts = list(corpus_texts(corpus))
   for kind, train in (("opt", train_bpe), ("t5", train_unigram)):
@@ -63,7 +65,8 @@ def start_model(folder, kind, tokenizer):
 
 def config_of(folder, kind, **groups):
   """The decoder's sizes and tokenizer are those of the model to start from."""
-  config = tiny_config(folder, task="generative", eval=dict(every=10), **groups)
+  others = dict(every=10, corpus=str(folder / "others"), image_root=str(folder / "other words" / "images"))
+  config = tiny_config(folder, task="generative", eval=others, **groups)
   config.init.update(model=str(folder / kind), parts=("vit", "decoder"))
   config.data.text_tokens = 64
   config.loss.update(question=0.0, smoothing=0.0)
@@ -136,6 +139,11 @@ def test_a_killed_run_goes_on_bit_for_bit(folder, kind, trained):
   assert not (workdir / "model").exists()
   run(config_of(folder, kind), workdir, evaluate_until(STEPS))
   assert_same_run(workdir, trained)
+
+
+def test_the_decoder_writes_of_held_out_images_too(trained):
+  measured = [line["held_out_lm"] for line in logged(trained) if "held_out_lm" in line]
+  assert len(measured) == STEPS // 10 and all(np.isfinite(measured)) and len(set(measured)) == len(measured)
 
 
 def test_cached_features_give_the_same_loss(trained, cached):
