@@ -7,6 +7,7 @@ import atexit
 import os
 from pathlib import Path
 import shutil
+import signal
 import tempfile
 
 # Tests mean the same on a machine with an accelerator: they run on its CPU.
@@ -14,6 +15,10 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 # Compiled programs are shared within the session, also with the processes that tests start.
 os.environ["JAX_COMPILATION_CACHE_DIR"] = tempfile.mkdtemp(prefix="lskd_jax_compiled_")
 atexit.register(shutil.rmtree, os.environ["JAX_COMPILATION_CACHE_DIR"], ignore_errors=True)
+
+# A shell starts background jobs with SIGINT ignored, and what tests start and interrupt would inherit that.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+  signal.signal(signal.SIGINT, signal.default_int_handler)
 
 import jax
 import pytest
