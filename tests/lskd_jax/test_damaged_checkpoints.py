@@ -137,7 +137,7 @@ def test_a_half_written_step_is_ignored_and_removed(tmp_path):
 
 
 KILLED_WHILE_SAVING = """
-import os, signal, sys, threading, time
+import os, signal, sys, time
 import jax.numpy as jnp, numpy as np
 from lskd_jax.checkpoint import Checkpointer
 checkpoints = Checkpointer(sys.argv[1])
@@ -145,6 +145,8 @@ checkpoints.save(1, {"step": jnp.int32(1), "params": jnp.ones(16)})
 checkpoints.wait()
 big = jnp.asarray(np.random.default_rng(0).standard_normal(30_000_000, np.float32))
 checkpoints.save(2, {"step": jnp.int32(2), "params": big})
+while not list(checkpoints.directory.glob("*tmp*")):
+  time.sleep(0.001)
 os.kill(os.getpid(), signal.SIGKILL)  # the arrays are being written now
 """
 
