@@ -16,7 +16,8 @@ from lskd_jax import errors, exit_codes
 
 LINGER = 3.0  # seconds process 0 waits for the others to end: without its service they abort
 
-_leaving = threading.Lock()
+# Held by the thread that decides how this process ends, from before its last words; others wait for the end.
+deciding = threading.RLock()
 
 
 class LocalStore:
@@ -69,13 +70,13 @@ def leave(code: int) -> None:
   Process 0 goes last: the others abort as soon as its coordination service is gone. The first thread
   that comes here decides; a second one waits for the end.
   """
-  _leaving.acquire()
-  sys.stdout.flush()
-  sys.stderr.flush()
-  farewell = threading.Thread(target=_say_farewell, args=(store(), code), daemon=True)
-  farewell.start()  # in a thread, because a call to a service that is gone may block
-  farewell.join(LINGER)
-  os._exit(code)
+  with deciding:
+    sys.stdout.flush()
+    sys.stderr.flush()
+    farewell = threading.Thread(target=_say_farewell, args=(store(), code), daemon=True)
+    farewell.start()  # in a thread, because a call to a service that is gone may block
+    farewell.join(LINGER)
+    os._exit(code)
 
 
 def _say_farewell(store, code: int) -> None:
@@ -128,6 +129,10 @@ class leaving_at_once:
     found = store()
     if error is None or found.count == 1:
       return
+    with deciding:
+      self._end(found, error)
+
+  def _end(self, found, error: BaseException) -> None:
     code = errors.exit_code(error)
     if is_lost_peer(error):
       code = exit_codes.PREEMPTED if self._stop and self._stop.stopping else exit_codes.PEER_LOST

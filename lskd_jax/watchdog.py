@@ -138,14 +138,15 @@ class Watchdog:
 
   def _end(self, code: int, verdict: str) -> None:
     index = self._store.index
-    print(f"lskd: process {index}: {verdict}; exit code {code}", file=sys.stderr, flush=True)
-    faulthandler.dump_traceback(sys.__stderr__, all_threads=True)
-    try:
-      with (self._workdir / f"stacks-{index}.txt").open("w") as file:
-        faulthandler.dump_traceback(file, all_threads=True)
-    except OSError:
-      pass  # standard error has them
-    peers.write_crash(self._workdir, index, {"code": code, "reason": verdict, "at": self._where})
-    if self._store.count > 1:
-      time.sleep(FAREWELL)
-    self._leave(code)
+    with peers.deciding:  # others may see in the meantime that a peer which is as stuck has ended
+      print(f"lskd: process {index}: {verdict}; exit code {code}", file=sys.stderr, flush=True)
+      faulthandler.dump_traceback(sys.__stderr__, all_threads=True)
+      try:
+        with (self._workdir / f"stacks-{index}.txt").open("w") as file:
+          faulthandler.dump_traceback(file, all_threads=True)
+      except OSError:
+        pass  # standard error has them
+      peers.write_crash(self._workdir, index, {"code": code, "reason": verdict, "at": self._where})
+      if self._store.count > 1:
+        time.sleep(FAREWELL)
+      self._leave(code)
