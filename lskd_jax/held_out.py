@@ -17,10 +17,10 @@ from lskd_jax.step import loss_and_gradients
 class HeldOut(NamedTuple):
   """What an evaluation is made of.
 
-  batches: () -> the same `count` batches each time, this process's rows. evaluate: of
+  batches: as of `prepare.Parts`; the first `count` of them are measured. evaluate: of
   `make_evaluation_step`. key: of the draws of negatives.
   """
-  batches: Callable[[], Iterator[dict]]
+  batches: Callable[[int, int], Iterator[dict]]
   count: int
   evaluate: Callable
   key: jax.Array
@@ -69,8 +69,8 @@ def measure(held_out: HeldOut, params, frozen, told: Callable[[], bool],
       sums[name] = sums.get(name, np.zeros(2)) + np.array(value, np.float64)
     return bool(leave)
 
-  shown = tqdm(held_out.batches(), "evaluate", held_out.count, unit="batch", leave=False, dynamic_ncols=True,
-               disable=not progress or jax.process_index() > 0)
+  shown = tqdm(held_out.batches(0, held_out.count), "evaluate", held_out.count, unit="batch", leave=False,
+               dynamic_ncols=True, disable=not progress or jax.process_index() > 0)
   for number, batch in enumerate(shown):
     alive()
     batch["told"] = np.full(len(batch["image_id"]), told())

@@ -85,23 +85,26 @@ def prepare(config, workdir: Path, mesh, progress: bool = True,
     vit = nnx.merge(graph, params, frozen)
     vit = vit.student.vit if config.task == "critic" else vit.vit
     folder = Path(config.data.features or workdir / "features")
-    cached = lambda corpus, part: features.cached_features(vit, corpus, folder / part, progress=progress)
+
+    def cached(corpus, part):
+      at("features", 0)
+      found = features.cached_features(vit, corpus, folder / part, progress=progress)
+      at("start", 0)
+      return found
   own_rows, run_key = parallel.own_rows(mesh, config.data.batch_size), jax.random.key(config.seed)
   options = loader_options(config)
   loader = Loader(corpus, tokenizer, options, config.seed)
-  at("features", 0)
   batches = batches_of(loader, own_rows, cached(corpus, ""), columns)
   held_out = None
   if others:
     corpus, columns = others
     loader = Loader(corpus, tokenizer, dataclasses.replace(options, augment=False), config.seed)
-    count = whole_batches(config, loader)
-    make = batches_of(loader, own_rows, cached(corpus, "held_out"), columns)
+    count = whole_batches(config, loader)  # before the features, which take long
     still = build.maker(config.task, without_dropout(model_config), tokenizer)
-    still_graph, *_ = divided(config, nnx.eval_shape(lambda: still(nnx.Rngs(0))))
-    held_out = HeldOut(lambda: make(0, count), count, make_evaluation_step(
-        still_graph, make_objective(config), loss_weights(config), config.train.microbatches), run_key)
-  at("start", 0)
+    still_graph, *_ = divided(config, build.abstract(still))
+    held_out = HeldOut(batches_of(loader, own_rows, cached(corpus, "held_out"), columns), count,
+                       make_evaluation_step(still_graph, make_objective(config), loss_weights(config),
+                                            config.train.microbatches), run_key)
   frozen = narrowed(graph, params, frozen, config.train.frozen_dtype)
   return Parts(model_config, graph, params, frozen, tokenizer_dir, batches, *make_step(config, graph),
                run_key, held_out)

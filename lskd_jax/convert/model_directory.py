@@ -61,7 +61,7 @@ def write_model(kind: str, config: StudentConfig | GenerativeConfig, table: list
     config = dataclasses.replace(config, vit=dataclasses.replace(source, image_size=image_size))
   make = build.maker(kind, config, tokenizer)
   with jax.set_mesh(parallel.make_mesh(devices=jax.local_devices()[:1])):
-    state = nnx.split(nnx.eval_shape(lambda: make(nnx.Rngs(0))))[1].filter(nnx.Param)
+    state = nnx.split(build.abstract(make))[1].filter(nnx.Param)
     shapes = {name: leaf.shape for name, leaf in trees.named_leaves(state).items()}
     own, rest = own or {}, tables.uncovered(table, {**shapes, positions: source_positions})
     odd = [name for name in own if name not in rest or own[name].shape != shapes[name]]

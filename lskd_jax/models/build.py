@@ -79,9 +79,14 @@ def mention_tables(kind: str, config, tokenizer: Tokenizer) -> tuple[np.ndarray,
   return np.pad(opens_bracket, (0, spare)), np.pad(digit, (0, spare), constant_values=-1)
 
 
+def abstract(make: Callable) -> nnx.Module:
+  """What `make` would make, with shapes in place of arrays: nothing is computed."""
+  return nnx.eval_shape(lambda: make(nnx.Rngs(0)))
+
+
 def initialize(make: Callable, seed: int):
   """Graph definition and freshly initialised state, made on the mesh in use under one jit."""
-  graph, _ = nnx.split(nnx.eval_shape(lambda: make(nnx.Rngs(0))))
+  graph, _ = nnx.split(abstract(make))
   state = jax.jit(lambda key: nnx.split(make(nnx.Rngs(key)))[1])(jax.random.key(seed))
   return graph, state
 
@@ -110,7 +115,7 @@ def load(directory) -> Model:
   config = model_config(about["kind"], about["model"])
   tokenizer = tokenizers.load_tokenizer(Path(directory) / "tokenizer")
   make = maker(about["kind"], config, tokenizer)
-  graph, state = nnx.split(nnx.eval_shape(lambda: make(nnx.Rngs(0))))
+  graph, state = nnx.split(abstract(make))
   _, params = checkpoint.load_model(directory, state.filter(nnx.Param))
   tables = mention_tables(about["kind"], config, tokenizer)
   constants = state.filter(Table)

@@ -23,6 +23,7 @@ from lskd_jax.models import build
 from lskd_jax.models.generative import generative_config
 from lskd_jax.prepare import corpus_texts, sized
 from lskd_jax.trees import named_leaves, read_manifest
+from tests import tiny_runs
 from tests.decoder_tokenizers import train_bpe, train_unigram
 from tests.lskd_jax import tiny
 from tests.lskd_jax.test_train import KilledError, assert_same_run, logged, parameters, run, tiny_config
@@ -37,12 +38,11 @@ DECODERS = {
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-  """Two taught scenes, two to evaluate on, and for each decoder a tokenizer and a model to start from."""
+  """Two taught scenes, ten to evaluate on, and for each decoder a tokenizer and a model to start from."""
   folder = tmp_path_factory.mktemp("generative")
   corpus_stages.verbalize_scenes(folder / "words", 2, progress=False)
   corpus_stages.teach_corpus(folder / "words", folder / "taught", progress=False)
-  corpus_stages.verbalize_scenes(folder / "other words", 2, seed=1, progress=False)
-  corpus_stages.teach_corpus(folder / "other words", folder / "others", progress=False)
+  tiny_runs.teach_others(folder)
   corpus = corpus_of(list(stages.read_records(folder / "taught")), folder / "words" / "images")
   texts = list(corpus_texts(corpus))
   for kind, train in (("opt", train_bpe), ("t5", train_unigram)):
@@ -65,8 +65,9 @@ def start_model(folder, kind, tokenizer):
 
 def config_of(folder, kind, **groups):
   """The decoder's sizes and tokenizer are those of the model to start from."""
-  others = dict(every=10, corpus=str(folder / "others"), image_root=str(folder / "other words" / "images"))
-  config = tiny_config(folder, task="generative", eval=others, **groups)
+  config = tiny_config(folder, task="generative", **groups)
+  tiny_runs.evaluate_on_others(config, folder)
+  config.eval.update(every=10, batches=1)
   config.init.update(model=str(folder / kind), parts=("vit", "decoder"))
   config.data.text_tokens = 64
   config.loss.update(question=0.0, smoothing=0.0)
