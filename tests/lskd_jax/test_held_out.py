@@ -1,6 +1,7 @@
 """Evaluation while training: the losses on images that a run does not learn from."""
 from dataclasses import replace
 import json
+import threading
 
 from flax import nnx
 import jax
@@ -126,8 +127,9 @@ class ToldInAnEvaluation(preemption.Preemption):
     return super().at_boundary(step)
 
   @property
-  def stopping(self):
-    if self.now == self._step - 1 and not super().stopping:
+  def stopping(self):  # the watcher's own thread asks too, and it is that thread which is waited for
+    in_loop = threading.current_thread() is threading.main_thread()
+    if in_loop and self.now == self._step - 1 and not super().stopping:
       self.ask("stop", "a test")
       self.wait_until_told()
     return super().stopping
