@@ -220,8 +220,14 @@ def make_objective(config) -> Callable:
   return losses.student_objective(weights)
 
 
-def check_division(config, mesh) -> None:
-  """Raises ValueError where the batch cannot be divided as the config asks on this mesh."""
+def check_config(config, mesh) -> None:
+  """Raises ValueError or DataError for what is wrong whatever the data are, before anything is written.
+
+  A batch that cannot be divided as asked on this mesh, a warm-up longer than the run, a loss that the
+  model does not have.
+  """
+  optim.schedule(config.optim)
+  make_objective(config)
   parallel.own_rows(mesh, config.data.batch_size)
   images, groups = config.data.batch_size, math.prod(mesh.shape[axis] for axis in parallel.BATCH)
   parts, block = config.train.microbatches, config.loss.itc_block

@@ -19,7 +19,7 @@ from tqdm import tqdm
 from data_pipeline.records import DataError
 from lskd_jax import checkpoint, parallel, trees
 from lskd_jax.metrics import for_json, read_metrics
-from lskd_jax.prepare import Parts, check_division, claim, extended, loss_weights, make_objective, prepare
+from lskd_jax.prepare import Parts, check_config, claim, extended, loss_weights, make_objective, prepare
 from lskd_jax.step import init_state, make_train_step
 
 
@@ -74,7 +74,7 @@ def reproduce_step(config, workdir, number: int, progress: bool = True) -> Repla
     raise DataError(f"{workdir}: no run was started here; give the --workdir of one")
   claim(config, workdir)
   mesh = parallel.make_mesh(**config.train.mesh)
-  check_division(config, mesh)
+  check_config(config, mesh)
   with jax.set_mesh(mesh):
     return _replay(number, config, workdir, mesh, prepare(config, workdir, mesh, progress), progress)
 

@@ -42,7 +42,7 @@ from lskd_jax.batches import has_held_out
 from lskd_jax.fed import Fed
 from lskd_jax.frozen_dtype import widened
 from lskd_jax.models import build
-from lskd_jax.prepare import Parts, check_division, claim, count_start, extended, prepare, start_weights
+from lskd_jax.prepare import Parts, check_config, claim, count_start, extended, prepare, start_weights
 from lskd_jax.watchdog import Watchdog
 
 log = logging.getLogger(__name__)
@@ -100,7 +100,7 @@ def train(config, workdir, *, evaluate: Callable | None = None, progress: bool =
         contextlib.closing(watchers.spent)):
     watchers.stop.keep_handler()
     mesh = parallel.make_mesh(**config.train.mesh)
-    check_division(config, mesh)
+    check_config(config, mesh)
     if announce:
       about = parallel.overview(mesh, config.data.batch_size)
       if jax.process_index() == 0:

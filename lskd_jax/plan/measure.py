@@ -45,7 +45,7 @@ def measure(config, topology: Topology, low_effort: bool = False,
   if mesh.size != topology.chips:
     raise DataError(f"train.mesh uses {mesh.size} of the {topology.chips} devices of {topology}: add "
                     "--config.train.mesh.slice=-1 --config.train.mesh.fsdp=-1")
-  prepare.check_division(config, mesh)
+  prepare.check_config(config, mesh)
   progress("tracing the step")
   abstract = abstract_step(config, mesh)
   traced = abstract.trace()

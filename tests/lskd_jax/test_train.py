@@ -253,6 +253,18 @@ def test_a_mistyped_corpus_claims_nothing(folder, tmp_path):
   assert not (tmp_path / "run" / "config.json").exists()
 
 
+@pytest.mark.parametrize("group,key,value,error", [
+    ("optim", "warmup_steps", 4, "warmup_steps=4 must be at least 0 and less than steps=4"),
+    ("data", "batch_size", 3, "data.batch_size=3: the mesh splits batches over 2 groups of devices")])
+def test_a_config_that_cannot_be_run_leaves_no_folder(folder, tmp_path, group, key, value, error):
+  config = words_config(folder)
+  config.train.mesh.fsdp = 2
+  config[group][key] = value
+  with pytest.raises(ValueError, match=error):
+    run(config, tmp_path / "run", at_chance)
+  assert not (tmp_path / "run").exists()
+
+
 def test_a_frozen_vit_stays_bit_for_bit_and_the_rest_learns(folder, words, student):
   initial, trained = parameters(words), parameters(student[0])
   frozen = [name for name in trained if name.startswith("vit/")]
