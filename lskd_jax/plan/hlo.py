@@ -13,6 +13,7 @@ import numpy as np
 BYTES = {"pred": 1, "s4": 0.5, "u4": 0.5, "bf16": 2, "c64": 8, "c128": 16, "token": 0, "opaque": 0}
 COLLECTIVES = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "ragged-all-to-all",
                "collective-permute", "collective-broadcast")
+SHARED_CHANNEL = "1"  # JAX gives it to every collective inside `jax.shard_map`
 
 
 class Instruction(NamedTuple):
@@ -121,9 +122,12 @@ def _width(dtype: str) -> float:
 
 
 class Runs(NamedTuple):
-  """Of each computation that is reached: how often it runs, and whether inside a fusion."""
+  """Of each computation that is reached: how often it runs.
+
+  fused: of those inside a fusion, the computation that it stands in, and the fusion.
+  """
   times: dict[str, int]
-  fused: set[str]
+  fused: dict[str, tuple[str, Instruction]]
 
 
 def runs(program: Program) -> Runs:
@@ -131,26 +135,28 @@ def runs(program: Program) -> Runs:
 
   All branches of a conditional count, so this is an upper estimate where there are any.
   """
-  times, fused = {}, set()
+  times, fused = {}, {}
 
-  def visit(name: str, count: int, inside: bool) -> None:
+  def visit(name: str, count: int, inside: tuple[str, Instruction] | None) -> None:
     times[name] = times.get(name, 0) + count
     if inside:
-      fused.add(name)
+      fused[name] = inside
     for instruction in program.computations.get(name, ()):
-      for called, turns, hidden in _calls(program, instruction):
-        visit(called, count * turns, inside or hidden)
-  visit(program.entry, 1, False)
+      for called, turns, hidden in _calls(program, name, instruction):
+        around = inside[0] if inside else name
+        visit(called, count * turns, (around, instruction) if inside or hidden else None)
+  visit(program.entry, 1, None)
   return Runs(times, fused)
 
 
-def _calls(program: Program, instruction: Instruction) -> Iterator[tuple[str, int, bool]]:
-  """(computation, times, whether fused) for what an instruction runs; the sums of reductions are left out."""
+def _calls(program: Program, around: str, instruction: Instruction) -> Iterator[tuple[str, int, bool]]:
+  """(computation, times, whether fused) for what an instruction of the computation `around` runs.
+
+  The sums of reductions are left out.
+  """
   attributes = instruction.attributes
   if instruction.opcode == "while":
-    body, condition = (re.search(rf"{key}=%?([\w.\-]+)", attributes)[1] for key in ("body", "condition"))
-    turns = trips(program, condition, attributes)
-    yield body, turns, False
+    yield _named(attributes, "body"), trips(program, around, instruction), False
   elif instruction.opcode == "conditional":
     for listed in re.findall(r"branch_computations=\{([^}]*)\}", attributes):
       for name in re.findall(r"%?([\w.\-]+)", listed):
@@ -158,52 +164,85 @@ def _calls(program: Program, instruction: Instruction) -> Iterator[tuple[str, in
     for name in re.findall(r"(?:true|false)_computation=%?([\w.\-]+)", attributes):
       yield name, 1, False
   elif instruction.opcode == "call":
-    yield re.search(r"to_apply=%?([\w.\-]+)", attributes)[1], 1, False
+    yield _named(attributes, "to_apply"), 1, False
   else:
     for name in re.findall(r"\bcalls=%?([\w.\-]+)", attributes):
       yield name, 1, True
 
 
-def trips(program: Program, condition: str, attributes: str = "") -> int:
-  """How often a loop turns: its known trip count, or the whole number that its condition compares with.
+def trips(program: Program, around: str, loop: Instruction) -> int:
+  """How often a loop in the computation `around` turns: its known trip count, or the whole number that its
+  condition compares with, less the one that it counts from, in steps of 1.
 
-  Loops of a scan count from 0 in steps of 1. 1 where no number is found.
+  Loops of a scan count from 0, and from 1 where the compiler took the first turn out. 1 where no number is
+  found.
   """
-  known = re.search(r'known_trip_count[^0-9]*(\d+)', attributes)
+  known = re.search(r'known_trip_count[^0-9]*(\d+)', loop.attributes)
   if known:
     return int(known[1])
-  names, numbers = [condition], []
+  names, numbers = [_named(loop.attributes, "condition")], []
+  start = _counts_from(program.computations.get(names[0], ()), program.computations[around], loop)
   while names:
     for instruction in program.computations.get(names.pop(), ()):
       if instruction.opcode == "constant" and re.match(r"[su]\d+\[\]", instruction.type):
         numbers.append(int(instruction.arguments))
       names += re.findall(r"\bcalls=%?([\w.\-]+)", instruction.attributes)
-  return max([1, *numbers])
+  return max(1, max(numbers, default=1) - start)
+
+
+def _counts_from(condition: Sequence[Instruction], around: Sequence[Instruction], loop: Instruction) -> int:
+  """What the counter that a loop's condition compares starts as; 0 where that is no constant."""
+  named = {one.name: one for one in around}
+  given = named.get(loop.operands[0])
+  compared = [one for one in condition
+              if one.opcode == "get-tuple-element" and one.name in condition[-1].operands]
+  if not compared or given is None or given.opcode != "tuple":
+    return 0
+  start = named.get(given.operands[int(re.search(r"index=(\d+)", compared[0].attributes)[1])])
+  while start is not None and start.opcode == "copy":
+    start = named.get(start.operands[0])
+  return int(start.arguments) if start is not None and start.opcode == "constant" else 0
+
+
+def _named(attributes: str, key: str) -> str:
+  return re.search(rf"\b{key}=%?([\w.\-]+)", attributes)[1]
 
 
 # --- collectives -----------------------------------------------------------------------------------
 
 
 def collectives(program: Program, slice_of: Sequence[int]) -> list[Collective]:
-  """The collectives of a program, those of one channel once.
+  """The collectives of a program, each once wherever it runs.
 
   Asynchronous ones stand in the text several times, once for each fusion that they run beside.
 
   Args:
     slice_of: the slice of each device, by its number.
   """
-  found = {}
-  reached = runs(program)
+  found, reached = {}, runs(program)
   for name, times in reached.times.items():
+    around, fusion = reached.fused.get(name, (name, None))
     for instruction in program.computations.get(name, ()):
       collective = _collective(instruction, times, slice_of)
       if collective is None:
         continue
-      channel = re.search(r"channel_id=(\d+)", instruction.attributes)
-      key = collective.kind, collective.crosses, channel[1] if channel else (name, instruction.name)
+      if collective.kind == "all-reduce" and fusion and "AllReduceScatterFusion" in fusion.attributes:
+        # It keeps a part of each sum and sends no more than that needs, though what is in it says all-reduce.
+        collective = collective._replace(kind="reduce-scatter", result=collective.result / collective.group)
+      key = collective.kind, collective.crosses, around, _identity(instruction)
       if key not in found or collective.network > found[key].network:
         found[key] = collective
   return list(found.values())
+
+
+def _identity(instruction: Instruction) -> str:
+  """What the pieces of one collective in a computation share, and no other has."""
+  attributes = instruction.attributes
+  channel = re.search(r"channel_id=(\d+)", attributes)
+  if channel and channel[1] != SHARED_CHANNEL:
+    return channel[1]
+  chain = re.search(r'(?:async_collective_name|chain_id)="[^"]*"', attributes)
+  return chain[0] if chain else instruction.name
 
 
 def _collective(instruction: Instruction, times: int, slice_of: Sequence[int]) -> Collective | None:

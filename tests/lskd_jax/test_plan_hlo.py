@@ -1,8 +1,11 @@
 """Compiled programs as text: how often instructions run, what collectives and memory move."""
 import textwrap
 
+import jax
+import jax.numpy as jnp
 import pytest
 
+from lskd_jax import parallel
 from lskd_jax.plan import hlo, traffic
 
 # A loop of four turns around a fusion, an all-gather that stands twice, and a conditional.
@@ -96,6 +99,99 @@ def test_a_collective_counts_once_for_each_channel_and_turn_of_its_loop():
   found, = hlo.collectives(hlo.parse(LOOP), [0] * 8)
   assert found == hlo.Collective("all-gather", 4, 32 * 16 * 2, 4, False)
   assert found.network == 4 * 32 * 16 * 2 * 3 / 4
+
+
+# As libtpu writes the gradients of a scan of five layers: the first turn is taken out of the loop, and a sum
+# of which each device keeps a part is a fusion around an all-reduce.
+RING = 'backend_config={"collective_algorithm_config":{"emitter":"SingleInputAllReduceScatterFusion"}}'
+GROUP = "replica_groups={{0,1,2,3}}"
+PEELED = textwrap.dedent(f"""\
+    %all-reduce-scatter.1 (input: bf16[1936,8,128]) -> bf16[484,8,128] {{
+      %input = bf16[1936,8,128]{{2,1,0:T(8,128)(2,1)}} parameter(0)
+      ROOT %all-reduce.13 = bf16[1936,8,128] all-reduce(%input), channel_id=3, {GROUP}
+    }}
+
+    %all-reduce-scatter.2 (input.2: bf16[1936,8,128]) -> bf16[484,8,128] {{
+      %input.2 = bf16[1936,8,128]{{2,1,0:T(8,128)(2,1)}} parameter(0)
+      ROOT %all-reduce.10 = bf16[1936,8,128] all-reduce(%input.2), channel_id=3, {GROUP}
+    }}
+
+    %body (b: (bf16[8], s32[])) -> (bf16[8], s32[]) {{
+      %b = (bf16[8]{{0}}, s32[]{{:T(128)}}) parameter(0)
+      ROOT %fusion.62 = bf16[484,8,128] fusion(%b), kind=kCustom, calls=%all-reduce-scatter.1, {RING}
+    }}
+
+    %cond (c: (bf16[8], s32[])) -> pred[] {{
+      %constant.118 = s32[]{{:T(128)}} constant(5)
+      %c = (bf16[8]{{0}}, s32[]{{:T(128)}}) parameter(0)
+      %i = s32[]{{:T(128)}} get-tuple-element(%c), index=1
+      ROOT %lt = pred[]{{:T(512)}} compare(%i, %constant.118), direction=LT
+    }}
+
+    ENTRY %main (x: bf16[8]) -> bf16[8] {{
+      %x = bf16[8]{{0}} parameter(0)
+      %constant.115 = s32[]{{:T(128)}} constant(1)
+      %copy.61 = s32[]{{:T(128)}} copy(%constant.115)
+      %fusion.2 = bf16[484,8,128] fusion(%x), kind=kCustom, calls=%all-reduce-scatter.2, {RING}
+      %tuple.123 = (bf16[8]{{0}}, s32[]{{:T(128)}}) tuple(%x, %copy.61)
+      ROOT %while.125 = (bf16[8]{{0}}, s32[]{{:T(128)}}) while(%tuple.123), condition=%cond, body=%body
+    }}
+    """)
+
+
+def test_a_loop_whose_first_turn_was_taken_out_turns_once_less():
+  assert hlo.runs(hlo.parse(PEELED)).times["body"] == 4
+  from_the_start = PEELED.replace("constant(1)", "constant(0)")
+  assert hlo.runs(hlo.parse(from_the_start)).times["body"] == 5
+
+
+def test_a_turn_that_was_taken_out_of_a_loop_counts_beside_those_left_in_it():
+  assert sorted(one.times for one in hlo.collectives(hlo.parse(PEELED), [0] * 4)) == [1, 4]
+
+
+def test_a_sum_of_which_each_device_keeps_a_part_is_a_reduce_scatter():
+  for one in hlo.collectives(hlo.parse(PEELED), [0] * 4):
+    assert (one.kind, one.result, one.group) == ("reduce-scatter", 484 * 8 * 128 * 2, 4)
+    assert one.network == one.times * 3 * 484 * 8 * 128 * 2
+
+
+def test_collectives_that_share_a_channel_all_count():
+  """As libtpu writes three gathers within `jax.shard_map`, the first in pieces beside other work."""
+  gather, named = f"channel_id=1, {GROUP}, dimensions={{0}}", 'async_collective_name="all-gather-start.1"'
+  text = textwrap.dedent(f"""\
+      %fused_computation.10 (p: bf16[128]) -> bf16[512] {{
+        %p = bf16[128]{{0}} parameter(0)
+        ROOT %all-gather.13 = bf16[512]{{0}} all-gather(%p), {gather}, frontend_attributes={{chain_id="0"}}
+      }}
+
+      %async_collective_fusion.36 (p.1: bf16[128]) -> bf16[512] {{
+        %p.1 = bf16[128]{{0}} parameter(0)
+        ROOT %all-gather.15 = bf16[512]{{0}} all-gather(%p.1), {gather}, frontend_attributes={{chain_id="0"}}
+      }}
+
+      ENTRY %main (x: bf16[128], y: bf16[64]) -> bf16[512] {{
+        %x = bf16[128]{{0}} parameter(0)
+        %y = bf16[64]{{0}} parameter(1)
+        %async-collective-start = bf16[512]{{0}} fusion(%x), kind=kCustom, calls=%fused_computation.10
+        %fusion.36 = bf16[512]{{0}} fusion(%x), kind=kOutput, calls=%async_collective_fusion.36
+        %all-gather.18 = bf16[256]{{0}} all-gather(%y), {gather}, frontend_attributes={{{named}}}
+        ROOT %all-gather.20 = bf16[256]{{0}} all-gather(%y), {gather}
+      }}
+      """)
+  assert sorted(one.result for one in hlo.collectives(hlo.parse(text), [0] * 4)) == [512, 512, 1024]
+
+
+def test_each_gather_within_shard_map_counts_as_often_as_it_runs():
+  mesh = parallel.make_mesh(fsdp=8)
+
+  @jax.shard_map(mesh=mesh, in_specs=jax.P("fsdp"), out_specs=jax.P("fsdp"))
+  def on_device(x):
+    whole = lambda x: jax.lax.all_gather(x, "fsdp", tiled=True)
+    turn = lambda x, _: (jnp.tanh(x) * whole(x).sum(), None)
+    return jax.lax.scan(turn, x * whole(jnp.sin(x)).sum(), length=5)[0]
+  rows = jax.ShapeDtypeStruct((16, 4), "float32", sharding=jax.NamedSharding(mesh, jax.P("fsdp")))
+  program = hlo.parse(jax.jit(on_device).lower(rows).compile().as_text())
+  assert sorted(one.times for one in hlo.collectives(program, [0] * 8)) == [1, 5]
 
 
 @pytest.mark.parametrize("kind,result,sent", [
