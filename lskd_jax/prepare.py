@@ -1,9 +1,11 @@
 """From a config to the parts of a run: sizes, tokenizer, batches, step; and who owns a work directory."""
 from collections.abc import Callable, Iterator
+import contextlib
 import dataclasses
 import json
 import math
 from pathlib import Path
+import re
 from typing import NamedTuple
 
 from flax import nnx
@@ -72,7 +74,8 @@ def prepare(config, workdir: Path, mesh, progress: bool = True,
 
   # --- model ---
   model_config = sized(config, tokenizer)
-  graph, state = build.initialize(build.maker(config.task, model_config, tokenizer), config.seed)
+  with widths_divided():
+    graph, state = build.initialize(build.maker(config.task, model_config, tokenizer), config.seed)
   if config.init.model:
     state = build.copy_parts(state, start_weights(config), tuple(config.init.parts))
   graph, params, frozen = divided(config, nnx.merge(graph, state))
@@ -138,6 +141,21 @@ def make_step(config, graph):
   tx = optim.optimizer(config.optim)
   return tx, step.make_train_step(graph, tx, make_objective(config), loss_weights(config),
                                   config.train.microbatches, config.train.max_grad_norm)
+
+
+@contextlib.contextmanager
+def widths_divided():
+  """Turns JAX's error about a width that an axis of the mesh does not divide into a DataError of one line."""
+  try:
+    yield
+  except ValueError as error:
+    found = re.search(r"spec \('(\w+)',\) .* (\d+) times, .* evenly divide the dimension size (\d+)", str(error))
+    if not found:
+      raise
+    axis, parts, width = found[1], int(found[2]), int(found[3])
+    rest = ", and train.mesh.data=-1 for the remaining devices" if axis == "fsdp" else ""
+    raise DataError(f"train.mesh.{axis}={parts} does not divide a width of {width} in the model: set it to "
+                    f"{math.gcd(parts, width)} or a divisor of that{rest}") from None
 
 
 def loss_weights(config) -> dict[str, float]:

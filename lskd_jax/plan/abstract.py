@@ -37,7 +37,8 @@ def abstract_step(config, mesh) -> AbstractStep:
   model_config = prepare.sized(config, tokenizer)
   make = build.maker(config.task, model_config, tokenizer)
   with jax.sharding.use_abstract_mesh(getattr(mesh, "abstract_mesh", mesh)):
-    model = build.abstract(make)
+    with prepare.widths_divided():
+      model = build.abstract(make)
     graph, params, frozen = prepare.divided(config, model)
     frozen = jax.eval_shape(lambda frozen: narrowed(graph, params, frozen, config.train.frozen_dtype), frozen)
     tx, train_step = prepare.make_step(config, graph)

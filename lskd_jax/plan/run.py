@@ -6,6 +6,7 @@ import json
 import os
 from pathlib import Path
 import select
+import signal
 import subprocess
 import sys
 import tempfile
@@ -31,7 +32,7 @@ def measured(config: Path | str, overrides: Sequence[str], topology: Topology, l
              label: str = "plan", quiet: bool = False) -> dict:
   """What `measure.measure` finds for a config file with overrides such as "data.batch_size=256".
 
-  Raises DataError: the config or the topology is wrong, or the compiler crashed.
+  Raises DataError: the config or the topology is wrong, or the compiler crashed or was killed.
   """
   loaded = load_config(config, overrides)
   path = cache_folder() / f"{key(loaded, topology, low_effort)}.json"
@@ -54,6 +55,8 @@ def compiled(request: dict, variables: dict, label: str, quiet: bool) -> dict:
                               env={**os.environ, **variables}, stdout=subprocess.PIPE, stderr=errors)
     try:
       last = _follow(worker, label, quiet)
+      if "facts" not in last:
+        worker.wait()  # or its end would be ours
     finally:
       worker.kill()
       worker.wait()
@@ -64,9 +67,13 @@ def compiled(request: dict, variables: dict, label: str, quiet: bool) -> dict:
     errors.seek(0)
     text = errors.read().decode(errors="replace")
   lines = [line for line in text.splitlines() if line.strip()]
-  if worker.returncode < 0 and worker.returncode != -9 or "SIGSEGV" in text:
-    raise DataError(f"the compiler crashed while {last.get('stage', 'starting')} for {request['topology']}; "
-                    "try --low-effort, another batch size, or another version of libtpu")
+  doing = f"while {last.get('stage', 'starting')} for {request['topology']}"
+  if worker.returncode == -signal.SIGKILL:
+    raise DataError(f"the compiler was killed {doing}, as the system does when memory runs out; try "
+                    "--low-effort, or a machine with more memory")
+  if worker.returncode < 0 or "SIGSEGV" in text:
+    raise DataError(f"the compiler crashed {doing}; try --low-effort, another batch size, or another version "
+                    "of libtpu")
   raise RuntimeError("\n".join(["the planning process failed:", *lines[-30:]]))
 
 

@@ -212,6 +212,16 @@ def test_an_interrupt_ends_a_plan_at_once(tmp_path):
   assert process.returncode == 130 and "interrupted" in rest
 
 
+def test_a_compiler_that_the_system_killed_is_one_line(tmp_path, monkeypatch):
+  killed = tmp_path / "killed"
+  killed.write_text("#!/bin/sh\nkill -9 $$\n")
+  killed.chmod(0o755)
+  monkeypatch.setattr(sys, "executable", str(killed))
+  monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+  with pytest.raises(DataError, match="the compiler was killed while starting for v5e:2x4.*--low-effort"):
+    run.measured(CONFIG, [], V5E, quiet=True)
+
+
 def test_a_batch_that_the_devices_cannot_share_is_one_line(tmp_path, monkeypatch, capsys):
   monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
   assert cli.main([*command("cpu:3")[3:]]) == 1

@@ -6,7 +6,7 @@ from data_pipeline import tokenizer as tokenizers
 from data_pipeline.corpus import open_corpus
 from data_pipeline.loader import Loader
 from data_pipeline.records import DataError
-from lskd_jax import batches, cli, metrics, prepare
+from lskd_jax import batches, cli, metrics, parallel, prepare
 from lskd_jax.config_files import load_config
 from lskd_jax.plan import abstract, measure, topology
 from tests.lskd_jax.tiny_models import OVERRIDES, make_model
@@ -72,6 +72,15 @@ def test_a_vocabulary_to_be_trained_is_as_large_as_it_may_become():
   assert tokenizer.get_vocab_size() == 200 and "200" in notes[0]
   with pytest.raises(DataError, match="a vocabulary of 20 has no room"):
     abstract.known(config("scenes_student", "data.vocabulary=20"))
+
+
+@pytest.mark.parametrize("mesh,line", [
+    (dict(fsdp=8), "mesh.fsdp=8 does not divide a width of 12 in the model: set it to 4 .*mesh.data=-1"),
+    (dict(tensor=8), "mesh.tensor=8 does not divide a width of 2 in the model: set it to 2 or a divisor")])
+def test_a_width_that_the_mesh_does_not_divide_is_one_line(mesh, line):
+  loaded = config("scenes_student", "model.qformer.width=12", "model.qformer.heads=2")
+  with pytest.raises(DataError, match=line):
+    abstract.abstract_step(loaded, parallel.make_mesh(**mesh))
 
 
 def test_flops_of_the_model_leave_recomputation_out():
