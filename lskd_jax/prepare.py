@@ -83,9 +83,6 @@ def prepare(config, workdir: Path, mesh, progress: bool = True,
   # --- batches ---
   cached = lambda corpus, part: None
   if config.data.cache_features:
-    if "vit" not in config.train.frozen:
-      raise ValueError("data.cache_features=True needs a ViT that does not change: add 'vit' to "
-                       "train.frozen")
     vit = nnx.merge(graph, params, frozen)
     vit = vit.student.vit if config.task == "critic" else vit.vit
     folder = Path(config.data.features or workdir / "features")
@@ -149,7 +146,7 @@ def widths_divided():
   try:
     yield
   except ValueError as error:
-    found = re.search(r"spec \('(\w+)',\) .* (\d+) times, .* evenly divide the dimension size (\d+)", str(error))
+    found = re.search(r"spec \('(\w+)',\) .* (\d+) times, .*divide the dimension size (\d+)", str(error))
     if not found:
       raise
     axis, parts, width = found[1], int(found[2]), int(found[3])
@@ -243,21 +240,22 @@ def check_config(config, mesh) -> None:
   """Raises ValueError or DataError for what is wrong whatever the data are, before anything is written.
 
   A batch that cannot be divided as asked on this mesh, a warm-up longer than the run, a loss that the
-  model does not have, intervals that are none.
+  model does not have, intervals and parts that are none, stored features of a ViT that changes.
   """
   optim.schedule(config.optim)
   make_objective(config)
   train = config.train
-  for name in ("log_every", "max_skipped"):
+  for name in ("log_every", "max_skipped", "microbatches"):
     if train[name] < 1:
       raise DataError(f"train.{name}={train[name]} must be at least 1")
   checkpoint.check_settings(train.keep, train.save_every, train.keep_best, train.best_metric, train.best_mode)
   parallel.own_rows(mesh, config.data.batch_size)
   images, groups = config.data.batch_size, math.prod(mesh.shape[axis] for axis in parallel.BATCH)
-  parts, block = config.train.microbatches, config.loss.itc_block
-  rows.check_parts(images, groups, parts, f"train.microbatches={parts}")
-  rows.check_parts(images, groups, rows.block_count(images, block), f"loss.itc_block={block}")
+  rows.check_parts(images, groups, train.microbatches, f"train.microbatches={train.microbatches}")
+  rows.check_block(images, groups, config.loss.itc_block)
   rows.check_pool(images, config.loss.pool)
+  if config.data.cache_features and "vit" not in train.frozen:
+    raise DataError("data.cache_features=True needs a ViT that does not change: add 'vit' to train.frozen")
 
 
 def find_tokenizer(config, workdir: Path, corpus: Corpus) -> Path:

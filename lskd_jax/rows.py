@@ -43,8 +43,21 @@ def check_parts(batch_size: int, groups: int, parts: int, key: str) -> None:
                      f"{groups * parts}")
 
 
+def check_block(batch_size: int, groups: int, block: int) -> None:
+  """Raises ValueError unless the batch is whole blocks of `block` rows (0 is one), each over all devices."""
+  if block < 0:
+    raise ValueError(f"loss.itc_block={block} must be 0, for all at once, or more")
+  block_count(batch_size, block)
+  if block % groups:
+    raise ValueError(f"loss.itc_block={block}: each of {groups} groups of devices (slice x data x fsdp) has "
+                     f"a part of a block; make it a multiple of {groups}")
+
+
 def check_pool(batch_size: int, pool: int) -> None:
   """Raises ValueError unless pools of `pool` rows divide the batch; 0 is the whole batch."""
+  if pool < 0 or pool == 1:  # which would train without negatives
+    raise ValueError(f"loss.pool={pool}: negatives are other images of a pool; set it to 2 or more, or to 0 "
+                     "for the whole batch")
   if pool and batch_size % pool:
     raise ValueError(f"loss.pool={pool} does not divide data.batch_size={batch_size}: set it to a divisor, "
                      "or to 0 for the whole batch")

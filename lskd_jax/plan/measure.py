@@ -55,6 +55,10 @@ def measure(config, topology: Topology, low_effort: bool = False,
       **sizes(abstract),
       "flops": {"model": model_flops(config), "executed": metrics.step_flops(traced)},
       "notes": list(abstract.notes), "low_effort": low_effort, "compiler": compiler(topology)}
+  hosts = len({device.process_index for device in mesh.devices.flat})
+  if config.data.cache_features and hosts > 1:
+    facts["notes"].append("data.cache_features=True works in a run of one process, and this is one of "
+                          f"{hosts} hosts: `lskd train` refuses it")
   progress("lowering the step")
   lowered = traced.lower()
   progress("compiling the step")

@@ -13,7 +13,7 @@ from lskd_jax import losses, step
 from lskd_jax.models.layers import dropout, reshape
 from lskd_jax.models.student import Sight
 from lskd_jax.parallel import make_mesh
-from lskd_jax.rows import check_parts
+from lskd_jax.rows import check_block, check_parts
 from tests.lskd_jax import tiny
 from tests.lskd_jax.tiny import put
 
@@ -173,6 +173,12 @@ def test_parts_must_divide_the_rows_of_every_device():
   with pytest.raises(ValueError, match="=3: 16 images over 4 groups .* cannot be divided into 3 equal "
                                        "parts; make data.batch_size a multiple of 12"):
     check_parts(16, 4, 3, "train.microbatches=3")
+
+
+def test_a_block_has_rows_of_every_device():
+  with pytest.raises(ValueError, match="loss.itc_block=8: each of 16 groups .*; make it a multiple of 16"):
+    check_block(64, 16, 8)
+  check_block(64, 16, 32)
 
 
 def test_a_real_student_can_be_divided_where_its_kernels_are_split():

@@ -83,6 +83,12 @@ def test_a_width_that_the_mesh_does_not_divide_is_one_line(mesh, line):
     abstract.abstract_step(loaded, parallel.make_mesh(**mesh))
 
 
+def test_stored_features_of_a_vit_that_changes_are_refused_as_by_train():
+  loaded = config("scenes_student", "train.frozen=()", "data.batch_size=8", "train.mesh.fsdp=-1")
+  with pytest.raises(DataError, match="data.cache_features=True .* add 'vit' to train.frozen"):
+    measure.measure(loaded, topology.parse("cpu:8"))
+
+
 def test_flops_of_the_model_leave_recomputation_out():
   dots, none = (config("scenes_itm", f"model.qformer.remat={remat}") for remat in ("full", "none"))
   executed = metrics.step_flops(abstract.abstract_step(dots, abstract.one_device_mesh()).trace())
@@ -101,6 +107,7 @@ def test_a_small_step_compiles_for_two_slices_of_tpus(tmp_path, monkeypatch):
   overrides = [*SMALL, "data.batch_size=8", "train.mesh.slice=-1", "train.mesh.fsdp=-1"]
   found = run.measured("configs/scenes_student.py", overrides, named, low_effort=True, quiet=True)
   assert found["mesh"] == dict(slice=2, data=1, fsdp=4, tensor=1)
+  assert "one of 2 hosts: `lskd train` refuses it" in found["notes"][-1]
   assert {row["crosses"] for row in found["collectives"]} == {True, False}
   assert 0 < found["memory"]["temporaries"] < 1e9 and found["traffic"] > 0
   assert any("models/" in place for place in found["places"])
