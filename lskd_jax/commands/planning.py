@@ -39,7 +39,7 @@ def plan(args) -> None:
   if args.search:
     trials = search.search(config, named, lambda overrides, label: run.measured(
         args.config, [*args.overrides, *overrides], named, True, label))
-    found = {"status": report.COMPILED, "trials": [trial._asdict() for trial in trials]}
+    found = {"status": report.COMPILED, "trials": search.as_json(trials)}
     text = search.text(trials, named)
   else:
     facts = run.measured(args.config, args.overrides, named, args.low_effort, str(named))

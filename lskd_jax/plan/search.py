@@ -5,6 +5,7 @@ meshes with the config's own settings, then rematerialisation, then the largest 
 trial is compiled at low effort and kept (run.py), so an interrupted search goes on where it stopped.
 """
 from collections.abc import Callable, Sequence
+import math
 from typing import NamedTuple
 
 from data_pipeline.records import DataError
@@ -13,6 +14,7 @@ from lskd_jax.plan.chips import CHIPS
 from lskd_jax.plan.topology import Topology
 
 REMATS = ("none", "dots", "full")
+OWN = "own"       # each tower as the config has it, where they differ
 SHARDS = (1, 16)  # of the parameters, besides all chips of a slice; with tensor=1 and 2
 TENSORS = (1, 2)
 KEPT = 2          # answers to a question that go on to the next
@@ -45,28 +47,36 @@ def search(config, topology: Topology, compile_one: Callable[[Sequence[str], str
     compile_one: (overrides, label) -> what `measure.measure` finds; raises ValueError where the step
       cannot be made with them.
 
-  Raises DataError: a topology of CPUs, which have no speed.
+  Raises DataError, ValueError: a topology of CPUs, which have no speed; or what kept the last mesh from being
+  compiled, if none could be.
   """
   if topology.kind not in CHIPS:
     raise DataError(f"--search --topology {topology}: CPU devices have no published peaks to compare by; "
                     "give a TPU topology")
-  trials = {}
+  trials, refused = {}, None
 
   def ask(choices: Sequence[Choice], later: int) -> list[Choice]:
     """Compiles what is new of the choices; the best `KEPT` of all of them. later: trials to come."""
+    nonlocal refused
     new = [choice for choice in dict.fromkeys(choices) if choice not in trials]
     for i, choice in enumerate(new):
       label = progress(len(trials), len(new) - i + later, [one for one in trials.values() if one])
-      trials[choice] = tried(config, topology, choice, compile_one, label)
+      try:
+        trials[choice] = tried(config, topology, choice, compile_one, label)
+      except ValueError as error:  # for instance a width that does not divide
+        trials[choice], refused = None, error
     return sorted((one for one in choices if trials[one]), key=lambda one: order(trials[one]))[:KEPT]
 
-  images, own = max(1, config.data.batch_size // topology.chips), config.model.qformer.remat
+  images, own = max(1, config.data.batch_size // topology.chips), own_remat(config)
   best = ask([Choice(*mesh, own, images) for mesh in meshes(topology)], 4 * KEPT)
+  if not best:
+    raise refused
   best = ask([one._replace(remat=remat) for one in best for remat in (own, *REMATS)], 2 * KEPT)
   for one in best:
-    larger = largest_batch(trials[one], topology)
+    larger = largest_batch(trials[one], config, topology)
     if larger and not any(trials[two].fits for two in ask([one._replace(images=larger)], 1)):
-      ask([one._replace(images=max(1, int(larger * SHRINK)))], 0)
+      smaller = divisible(int(larger * SHRINK), one, config, topology)
+      ask([one._replace(images=smaller)] * bool(smaller), 0)
   return sorted((trial for trial in trials.values() if trial), key=order)
 
 
@@ -83,13 +93,10 @@ def order(trial: Trial) -> tuple:
   return 0, -trial.speed.rate
 
 
-def tried(config, topology: Topology, choice: Choice, compile_one, label: str) -> Trial | None:
-  """A trial, or None where the step cannot be made, for instance because a width does not divide."""
+def tried(config, topology: Topology, choice: Choice, compile_one, label: str) -> Trial:
+  """A trial; raises ValueError where the step cannot be made."""
   overrides = overrides_of(config, topology, choice)
-  try:
-    facts = compile_one(overrides, label)
-  except ValueError:
-    return None
+  facts = compile_one(overrides, label)
   return Trial(choice, overrides, facts, estimate.fits(facts, topology), estimate.speed(facts, topology))
 
 
@@ -104,28 +111,53 @@ def meshes(topology: Topology) -> list[tuple[int, int, int]]:
   return found
 
 
+def towers(config) -> list[str]:
+  """The parts of a model that gradients go through."""
+  return ["qformer", *(["decoder"] if config.task == "generative" else []),
+          *([] if "vit" in config.train.frozen else ["vit"])]
+
+
+def own_remat(config) -> str:
+  """What a config recomputes: the rematerialisation of all its towers, or `OWN` where they differ."""
+  found = {config.model[tower].remat for tower in towers(config)}
+  return found.pop() if len(found) == 1 else OWN
+
+
 def overrides_of(config, topology: Topology, choice: Choice) -> tuple[str, ...]:
-  """A choice as overrides of a config; every tower with gradients is rematerialised alike."""
-  towers = ["qformer", *(["decoder"] if config.task == "generative" else []),
-            *([] if "vit" in config.train.frozen else ["vit"])]
+  """A choice as overrides of a config; every tower with gradients is rematerialised alike, but for `OWN`."""
+  remat = [] if choice.remat == OWN else [f"model.{one}.remat={choice.remat}" for one in towers(config)]
   return (f"train.mesh.slice={topology.slices}", f"train.mesh.data={choice.data}",
           f"train.mesh.fsdp={choice.fsdp}", f"train.mesh.tensor={choice.tensor}",
-          *(f"model.{tower}.remat={choice.remat}" for tower in towers),
-          f"data.batch_size={choice.images * topology.chips}")
+          *remat, f"data.batch_size={choice.images * topology.chips}")
 
 
-def largest_batch(trial: Trial, topology: Topology) -> int | None:
-  """Images a chip that should just fit, temporaries growing with them; None if that is no change.
-
-  A multiple of 4 above 8, since the compiler pads odd shapes.
-  """
+def largest_batch(trial: Trial, config, topology: Topology) -> int | None:
+  """Images a chip that should just fit, temporaries growing with them; None if that is no change."""
   if trial.facts["memory"] is None:
     return None
   images, temporaries = trial.choice.images, trial.facts["memory"]["temporaries"]
   room = CHIPS[topology.kind].memory - (estimate.memory_needed(trial.facts) - temporaries)
-  found = int(images * room / temporaries)
-  found = found // 4 * 4 if found > 8 else found
+  found = divisible(int(images * room / temporaries), trial.choice, config, topology)
   return found if found >= 1 and found != images else None
+
+
+def divisible(images: int, choice: Choice, config, topology: Topology) -> int:
+  """The most images a chip, up to `images`, that the config's pools, blocks and parts divide; 0 if none.
+
+  A multiple of 4 above 8 where that can be, since the compiler pads odd shapes.
+  """
+  chips = topology.chips
+  parts = config.train.microbatches * (chips // choice.tensor)  # of all groups of devices
+  wanted = (config.loss.pool or 1, config.loss.itc_block or 1, parts)
+  step = math.lcm(*(size // math.gcd(size, chips) for size in wanted))
+  even = math.lcm(step, 4)
+  return images // even * even if images > 8 and images >= even else images // step * step
+
+
+def as_json(trials: Sequence[Trial]) -> list[dict]:
+  """Trials as dicts all through, in their order."""
+  return [trial._asdict() | {"choice": trial.choice._asdict(), "speed": trial.speed and trial.speed._asdict()}
+          for trial in trials]
 
 
 def text(trials: Sequence[Trial], topology: Topology, best: int = 5) -> str:
@@ -139,8 +171,6 @@ def text(trials: Sequence[Trial], topology: Topology, best: int = 5) -> str:
     if trial.fits:
       row += f" {speed.overlapped * 1e3:9.0f}  {speed.bound:8}  {speed.rate:12.0f}  {speed.mfu:11.0%}"
     lines.append(row if trial.fits else f"{row}   does not fit")
-  if not trials:
-    return "\n".join([*lines, "none could be compiled; plan one mesh without --search to see why"])
   if not trials[0].fits:
     return "\n".join([*lines, "", "none fits: start from a smaller data.batch_size, or take more chips"])
   return "\n".join([*lines, "", "the first: " + " ".join(f"--config.{one}" for one in trials[0].overrides)])

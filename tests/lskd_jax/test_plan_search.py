@@ -1,7 +1,9 @@
 """The search over meshes, rematerialisation and batch sizes, with a made-up compiler."""
+import json
+
 import pytest
 
-from configs import blip2
+from configs import blip2, blip2_opt
 from data_pipeline.records import DataError
 from lskd_jax.plan import search, topology
 
@@ -24,7 +26,7 @@ def compiler(asked: list, per_image: float = 1e9):
     value = asked[-1][0]
     if value["train.mesh.tensor"] == "2":
       raise ValueError("a width does not divide")
-    batch, remat = int(value["data.batch_size"]), value["model.qformer.remat"]
+    batch, remat = int(value["data.batch_size"]), value.get("model.qformer.remat", "full")
     kept = {"none": 1.0, "dots": 0.5, "full": 0.25}[remat]
     flops = batch * 5e12 * {"none": 1.0, "dots": 1.01, "full": 1.3}[remat]
     memory = {"arguments": 1e9 if value["train.mesh.fsdp"] == "16" else 5e9, "outputs": 0, "aliased": 0,
@@ -45,6 +47,43 @@ def test_the_best_trial_fits_recomputes_little_and_fills_the_chip(config):
 
 def test_what_cannot_be_made_is_passed_over(config):
   assert all(trial.choice.tensor == 1 for trial in search.search(config, V5E, compiler([])))
+
+
+def test_where_no_mesh_can_be_made_the_search_says_why(config):
+  def refuse(overrides, label):
+    raise DataError("libtpu is not here")
+  with pytest.raises(DataError, match="libtpu is not here"):
+    search.search(config, V5E, refuse)
+
+
+def test_towers_that_recompute_differently_are_first_left_as_they_are():
+  config, asked = blip2_opt.get_config(), []
+  config.data.batch_size = BATCH
+  search.search(config, V5E, compiler(asked))
+  remats = [(value.get("model.qformer.remat"), value.get("model.decoder.remat")) for value, _ in asked]
+  meshes = len(search.meshes(V5E))
+  assert set(remats[:meshes]) == {(None, None)} and remats[meshes] == ("none", "none")
+
+
+def test_trials_are_written_with_the_names_of_what_was_chosen_and_found(config):
+  first = json.loads(json.dumps(search.as_json(search.search(config, V5E, compiler([])))))[0]
+  assert first["choice"]["fsdp"] == 16 and first["speed"]["bound"] == "compute"
+
+
+@pytest.mark.parametrize("keys", [
+    {"loss.pool": 192, "loss.itc_block": 96}, {"train.microbatches": 3}, {"train.microbatches": 12}])
+def test_batches_are_multiples_of_pools_blocks_and_parts(config, keys):
+  config.update_from_flattened_dict(keys)
+  config.data.batch_size = 12 * 16
+  asked = []
+
+  def crowded(overrides, label):
+    facts = compiler(asked)(overrides, label)
+    if facts["batch_size"] > 12 * 16:  # of which nothing tells beforehand
+      facts["memory"]["temporaries"] = 1e12
+    return facts
+  search.search(config, V5E, crowded)
+  assert {int(value["data.batch_size"]) for value, _ in asked} == {12 * 16, 24 * 16}
 
 
 def test_nothing_is_tried_twice_and_the_label_says_how_long_it_takes(config):
