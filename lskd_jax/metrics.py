@@ -145,7 +145,7 @@ def for_json(value: float) -> float | str:
 class Throughput:
   """Rates since the last report, and what the time went into.
 
-      rates = Throughput(step_flops(train_step.trace(...)), peak_flops(device) * device_count)
+      rates = Throughput(step_flops(plain_step.trace(...)), peak_flops(device) * device_count)
       with rates.waiting():
         batch = next(batches)
       state, metrics = train_step(state, batch)
@@ -157,7 +157,7 @@ class Throughput:
   as long as something, such as `MetricWriter`, waits for earlier steps.
 
   Args:
-    flops_per_step: model FLOPs of one step on all devices; None leaves `mfu` out.
+    flops_per_step: model FLOPs of one step on all devices, nothing recomputed; None leaves `mfu` out.
     peak: FLOP/s of all devices together; None leaves `mfu` out.
     clock: seconds, for tests.
     record: called with the name and seconds of every part of the time, as `goodput.Log.add` is.

@@ -18,7 +18,7 @@ from data_pipeline.loader import Loader
 from data_pipeline.records import DataError
 from data_pipeline.stages import write_json
 from data_pipeline.texts import text_encoder
-from lskd_jax import checkpoint, features, guard, losses, optim, parallel, rows, step
+from lskd_jax import checkpoint, features, guard, losses, metrics, optim, parallel, rows, step
 from lskd_jax.batches import (
   batches_of,
   find_corpus,
@@ -153,6 +153,31 @@ def widths_divided():
     rest = ", and train.mesh.data=-1 for the remaining devices" if axis == "fsdp" else ""
     raise DataError(f"train.mesh.{axis}={parts} does not divide a width of {width} in the model: set it to "
                     f"{math.gcd(parts, width)} or a divisor of that{rest}") from None
+
+
+def undivided(config):
+  """A config whose step computes the same with nothing divided, recomputed or padded: what MFU counts."""
+  plain = config.copy_and_resolve_references()
+  if plain.model.vit.attention == "fused" or parallel.on_tpu():
+    plain.model.vit.attention = "plain"
+  for tower in ("vit", "qformer", "decoder"):
+    plain.model[tower].remat = "none"
+  plain.train.microbatches = 1
+  return plain
+
+
+def model_flops(config, parts: Parts, *arguments) -> float:
+  """FLOPs that a step needs, on all devices together, whatever it recomputes.
+
+  Args:
+    arguments: of `parts.train_step`; arrays or shapes.
+  """
+  plain, train_step = undivided(config), parts.train_step
+  if plain != config.copy_and_resolve_references():  # else the trace of the step itself is used again
+    tokenizer = tokenizers.load_tokenizer(parts.tokenizer_dir)
+    graph, *_ = divided(plain, build.abstract(build.maker(config.task, sized(plain, tokenizer), tokenizer)))
+    _, train_step = make_step(plain, graph)
+  return metrics.step_flops(train_step.trace(*arguments))
 
 
 def loss_weights(config) -> dict[str, float]:

@@ -43,7 +43,16 @@ from lskd_jax.fed import Fed
 from lskd_jax.frozen_dtype import widened
 from lskd_jax.guard import needs_more
 from lskd_jax.models import build
-from lskd_jax.prepare import Parts, check_config, claim, count_start, extended, prepare, start_weights
+from lskd_jax.prepare import (
+  Parts,
+  check_config,
+  claim,
+  count_start,
+  extended,
+  model_flops,
+  prepare,
+  start_weights,
+)
 from lskd_jax.watchdog import Watchdog
 
 log = logging.getLogger(__name__)
@@ -219,8 +228,8 @@ def _train(config, workdir: Path, mesh, parts: Parts, watchers: Watchers, evalua
         dog.at("step" if compiled else "compile", now)
         if now == start:
           spent.phase(goodput.STARTUP)
-          rates = metrics.Throughput(metrics.step_flops(parts.train_step.trace(
-              state, frozen, rows, parts.run_key)), _peak(mesh), record=spent.add)
+          needed = model_flops(config, parts, state, frozen, rows, parts.run_key)
+          rates = metrics.Throughput(needed, _peak(mesh), record=spent.add)
         state, values = parts.train_step(state, frozen, rows, parts.run_key)
         now += 1
         fed.add(now, values.pop("examples"))

@@ -12,7 +12,6 @@ from lskd_jax.plan import hlo, traffic
 from lskd_jax.plan.abstract import AbstractStep, abstract_step, one_device_mesh
 from lskd_jax.plan.topology import Topology, devices
 
-TOWERS = ("vit", "qformer", "decoder")
 PLACES = 20  # lines of source that a plan names
 LOW_EFFORT = {"exec_time_optimization_effort": -1.0}  # a third of the time; the same memory within 2 %
 
@@ -95,11 +94,7 @@ def shard_bytes(leaf) -> int:
 
 def model_flops(config) -> float:
   """FLOPs that a step needs, on all devices together, nothing recomputed and nothing padded."""
-  plain = config.copy_and_resolve_references()
-  plain.model.vit.attention = "plain"
-  for tower in TOWERS:
-    plain.model[tower].remat = "none"
-  return metrics.step_flops(abstract_step(plain, one_device_mesh()).trace())
+  return metrics.step_flops(abstract_step(prepare.undivided(config), one_device_mesh()).trace())
 
 
 def memory(compiled) -> dict:

@@ -98,7 +98,7 @@ def _memory(found: dict) -> list[str]:
 
 def _flops(found: dict) -> list[str]:
   model, executed = found["flops"]["model"], found["flops"]["executed"]
-  return ["", f"TFLOP of a step: {model / 1e12:.4g} of the model, {executed / 1e12:.4g} executed "
+  return ["", f"TFLOP of a step, all devices: {model / 1e12:.4g} of the model, {executed / 1e12:.4g} executed "
           f"({executed / model - 1:+.0%} recomputed or padded)"]
 
 

@@ -6,7 +6,7 @@ from data_pipeline import tokenizer as tokenizers
 from data_pipeline.corpus import open_corpus
 from data_pipeline.loader import Loader
 from data_pipeline.records import DataError
-from lskd_jax import batches, cli, metrics, parallel, prepare
+from lskd_jax import batches, cli, metrics, parallel, prepare, step
 from lskd_jax.config_files import load_config
 from lskd_jax.plan import abstract, measure, topology
 from tests.lskd_jax.tiny_models import OVERRIDES, make_model
@@ -34,13 +34,18 @@ def test_the_step_of_every_task_can_be_traced_without_corpus_weights_or_devices(
 
 
 @pytest.fixture(scope="module")
-def corpus(tmp_path_factory):
+def folder(tmp_path_factory):
   """A few drawn scenes with statements."""
   root = tmp_path_factory.mktemp("corpus")
   lskd = lambda *words: cli.main([str(word) for word in words])
   assert lskd("corpus", "verbalize", "--source", "scenes", "--count", 6, "--out", root / "words") == 0
   assert lskd("corpus", "teach", "--corpus", root / "words", "--out", root / "taught") == 0
-  return open_corpus(root / "taught", root / "words" / "images")
+  return root
+
+
+@pytest.fixture(scope="module")
+def corpus(folder):
+  return open_corpus(folder / "taught", folder / "words" / "images")
 
 
 @pytest.mark.parametrize("name", ["scenes_itm", "scenes_words"])
@@ -89,10 +94,26 @@ def test_stored_features_of_a_vit_that_changes_are_refused_as_by_train():
     measure.measure(loaded, topology.parse("cpu:8"))
 
 
-def test_flops_of_the_model_leave_recomputation_out():
-  dots, none = (config("scenes_itm", f"model.qformer.remat={remat}") for remat in ("full", "none"))
-  executed = metrics.step_flops(abstract.abstract_step(dots, abstract.one_device_mesh()).trace())
-  assert measure.model_flops(dots) == measure.model_flops(none) < executed
+AGAIN = ("model.qformer.remat=full", "train.microbatches=2", "model.vit.attention=fused")
+
+
+def test_flops_of_the_model_leave_out_what_is_computed_again():
+  once, again = config("scenes_itm", "data.batch_size=8"), config("scenes_itm", "data.batch_size=8", *AGAIN)
+  executed = metrics.step_flops(abstract.abstract_step(again, abstract.one_device_mesh()).trace())
+  assert measure.model_flops(again) == measure.model_flops(once) < executed
+
+
+def test_training_counts_the_flops_that_a_plan_calls_the_models(tmp_path, folder):
+  data = "data.batch_size=8", f"data.corpus={folder}/taught", f"data.image_root={folder}/words/images"
+  loaded = config("scenes_itm", *AGAIN[:2], *data)
+  mesh = parallel.make_mesh(fsdp=2)
+  with jax.set_mesh(mesh):
+    parts = prepare.prepare(loaded, tmp_path, mesh, progress=False)
+    loaded.data.tokenizer = str(parts.tokenizer_dir)
+    state = jax.eval_shape(lambda params: step.init_state(params, parts.tx), parts.params)
+    rows = parallel.put_batch(next(parts.batches(0, 1)), mesh)
+    found = prepare.model_flops(loaded, parts, state, parts.frozen, rows, parts.run_key)
+  assert found == measure.model_flops(loaded)
 
 
 # --- with a TPU's compiler -------------------------------------------------------------------------
