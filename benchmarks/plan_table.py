@@ -51,7 +51,8 @@ def planned(config: tuple, named: str, images: int, low_effort: bool, *overrides
   overrides = (*fixed, f"data.batch_size={images * where.chips}", *overrides)
   path = CONFIGS / f"{name}.py"
   facts = run.measured(path, overrides, where, low_effort, f"{name} on {named}")
-  return report.plan(facts, where, report.Run(), load_config(path, overrides).train.save_every)
+  train = load_config(path, overrides).train
+  return report.plan(facts, where, report.Run(), train.save_every, train.save_minutes)
 
 
 def print_runs(low_effort: bool) -> None:

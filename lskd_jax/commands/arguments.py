@@ -29,6 +29,16 @@ def number(text: str) -> float:
   return _number(text, float, math.isfinite, "a number")
 
 
+def positive(text: str) -> float:
+  """A finite number above 0."""
+  return _number(text, float, lambda value: 0 < value < math.inf, "a number above 0")
+
+
+def amount(text: str) -> float:
+  """A finite number from 0 on."""
+  return _number(text, float, lambda value: 0 <= value < math.inf, "a number from 0 on")
+
+
 def share(text: str) -> float:
   """A number from 0 to 1."""
   return _number(text, float, lambda value: 0 <= value <= 1, "a number from 0 to 1")

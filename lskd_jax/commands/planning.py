@@ -1,7 +1,7 @@
 """`lskd plan`."""
 from pathlib import Path
 
-from lskd_jax.commands.arguments import add_verb, count, number
+from lskd_jax.commands.arguments import add_verb, amount, count, positive
 
 
 def add_verbs(verbs) -> None:
@@ -20,22 +20,26 @@ def add_verbs(verbs) -> None:
                  help="try meshes, rematerialisations and batch sizes; an interrupted search goes on")
   group = p.add_argument_group("the run to be paid for")
   group.add_argument("--statements", type=count, default=1_000_000, metavar="N")
-  group.add_argument("--epochs", type=number, default=5, metavar="X")
-  group.add_argument("--price", type=number, metavar="DOLLARS", help="per chip-hour; default: list prices")
-  group.add_argument("--preemptions-per-day", type=number, default=2.0, metavar="X", help="of spot capacity")
-  group.add_argument("--save-seconds", type=number, default=5.0, metavar="S",
+  group.add_argument("--epochs", type=positive, default=5, metavar="X")
+  group.add_argument("--price", type=amount, metavar="DOLLARS", help="per chip-hour; default: list prices")
+  group.add_argument("--preemptions-per-day", type=amount, default=2.0, metavar="X",
+                     help="of spot capacity, without notice: on a notice train saves, which loses less")
+  group.add_argument("--save-seconds", type=amount, default=5.0, metavar="S",
                      help="for how long a save blocks the run")
-  group.add_argument("--recovery-seconds", type=number, default=300.0, metavar="S",
+  group.add_argument("--recovery-seconds", type=amount, default=300.0, metavar="S",
                      help="from the start of new machines to the first new step")
 
 
 def plan(args) -> None:
   """Compiles the step of a config for a topology and reports what it needs."""
+  from data_pipeline.records import DataError
   from data_pipeline.stages import write_json
   from lskd_jax.config_files import load_config
   from lskd_jax.plan import report, run, search, topology
   named = topology.parse(args.topology)
   config = load_config(args.config, args.overrides)
+  if config.train.save_every < 1:  # before minutes of compiling
+    raise DataError(f"train.save_every={config.train.save_every} must be at least 1")
   if args.search:
     trials = search.search(config, named, lambda overrides, label: run.measured(
         args.config, [*args.overrides, *overrides], named, True, label))
@@ -45,7 +49,7 @@ def plan(args) -> None:
     facts = run.measured(args.config, args.overrides, named, args.low_effort, str(named))
     wanted = report.Run(args.statements, args.epochs, args.price, args.preemptions_per_day,
                         args.save_seconds, args.recovery_seconds)
-    found = report.plan(facts, named, wanted, config.train.save_every)
+    found = report.plan(facts, named, wanted, config.train.save_every, config.train.save_minutes)
     text = report.text(found, named)
   if args.out:
     write_json(args.out, found)

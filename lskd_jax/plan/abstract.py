@@ -1,5 +1,4 @@
 """The train step of a config without a corpus, weights or devices that run: shapes, dtypes, shardings."""
-from pathlib import Path
 from typing import NamedTuple
 
 import jax
@@ -11,6 +10,7 @@ from lskd_jax.frozen_dtype import narrowed
 from lskd_jax.models import build
 from lskd_jax.models.generative import DECODERS
 from lskd_jax.models.qformer import QFormerConfig
+from lskd_jax.plan import files
 
 
 class AbstractStep(NamedTuple):
@@ -71,14 +71,12 @@ def one_device_mesh() -> AbstractMesh:
 def known(config):
   """The config with what is not here replaced, the tokenizer or a stand-in, and notes about both."""
   config, notes = config.copy_and_resolve_references(), []
-  model = config.init.model
-  there = bool(model) and (Path(model) / "config.json").exists()
+  model, there, folder = config.init.model, files.model_config(config), files.tokenizer_folder(config)
   if model and not there:
     notes.append(f"init.model={model} is not here: the published sizes are assumed")
     config.init.model = ""
-  for folder in (config.data.tokenizer, f"{model}/tokenizer" if there else ""):
-    if folder and Path(folder).is_dir():
-      return config, tokenizers.load_tokenizer(folder), tuple(notes)
+  if folder:
+    return config, tokenizers.load_tokenizer(folder), tuple(notes)
   config.data.tokenizer = ""
   size = vocabulary(config, published=bool(model) and not there)
   if not model:

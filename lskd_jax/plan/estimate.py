@@ -88,9 +88,9 @@ def cost(step_seconds: float, steps: int, chips: int, price: float, *, preemptio
          save_every: int, save_seconds: float, recovery: float) -> Cost:
   """What a run costs when it is preempted `preemptions` times a day.
 
-  Each preemption loses half of the interval between saves, on average, and `recovery` seconds from the
-  new machines' start to the first new step. With work w, saves included, the wall time t solves
-  t = w + t (preemptions / day) (interval / 2 + recovery).
+  Each preemption comes without notice: it loses half of the interval between saves, on average, and
+  `recovery` seconds from the new machines' start to the first new step. With work w, saves included, the
+  wall time t solves t = w + t (preemptions / day) (interval / 2 + recovery).
   """
   work = steps * step_seconds + steps // save_every * save_seconds
   loss = save_every * step_seconds / 2 + recovery

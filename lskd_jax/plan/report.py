@@ -14,8 +14,9 @@ GB = 1e9
 class Run:
   """The run to be paid for.
 
-  price: dollars per chip-hour; None = the list prices. preemptions: a day, of spot capacity. save_seconds:
-  how long a save blocks the run; recovery: seconds from new machines' start to the first new step.
+  price: dollars per chip-hour; None = the list prices. preemptions: a day, of spot capacity, each without
+  notice. save_seconds: how long a save blocks the run; recovery: seconds from new machines' start to the
+  first new step.
   """
   statements: int = 1_000_000
   epochs: float = 5
@@ -25,8 +26,12 @@ class Run:
   recovery: float = 300.0
 
 
-def plan(facts: dict, topology: Topology, run: Run, save_every: int) -> dict:
-  """Everything about a step and its run, for JSON: `facts`, and what follows from them."""
+def plan(facts: dict, topology: Topology, run: Run, save_every: int, save_minutes: float = 0.0) -> dict:
+  """Everything about a step and its run, for JSON: `facts`, and what follows from them.
+
+  Args:
+    save_every, save_minutes: of `train`; the shorter interval counts, 0 minutes are none.
+  """
   speed = estimate.speed(facts, topology)
   found = {"status": COMPILED, **facts, "fits": estimate.fits(facts, topology)}
   if topology.kind in CHIPS:
@@ -36,8 +41,10 @@ def plan(facts: dict, topology: Topology, run: Run, save_every: int) -> dict:
   if speed is None:
     return found
   steps = math.ceil(run.statements * run.epochs / facts["statements"])
-  return found | {"speed": speed._asdict(), "run": dataclasses.asdict(run) | {"save_every": save_every},
-                  "costs": costs(speed.overlapped, steps, topology, run, save_every),
+  between = math.ceil(60 * save_minutes / speed.overlapped) if save_minutes > 0 else save_every
+  wanted = dataclasses.asdict(run) | {"save_every": save_every, "save_minutes": save_minutes}
+  return found | {"speed": speed._asdict(), "run": wanted,
+                  "costs": costs(speed.overlapped, steps, topology, run, min(save_every, between)),
                   "save_interval": interval(speed.overlapped, run)}
 
 
@@ -98,8 +105,8 @@ def _memory(found: dict) -> list[str]:
 
 def _flops(found: dict) -> list[str]:
   model, executed = found["flops"]["model"], found["flops"]["executed"]
-  return ["", f"TFLOP of a step, all devices: {model / 1e12:.4g} of the model, {executed / 1e12:.4g} executed "
-          f"({executed / model - 1:+.0%} recomputed or padded)"]
+  return ["", f"TFLOP of a step, all devices: {model / 1e12:.4g} of the model, {executed / 1e12:.4g} "
+          f"executed ({executed / model - 1:+.0%} recomputed or padded)"]
 
 
 def _collectives(found: dict) -> list[str]:
@@ -147,11 +154,12 @@ def _costs(found: dict) -> list[str]:
       continue
     lines.append(f"  {way:18} {one['steps']} steps, {one['hours']:.1f} h, {one['chip_hours']:.0f} "
                  f"chip-hours, ${one['dollars']:,.0f} at ${one['price']:g}; {one['preemptions']:g} "
-                 f"preemptions a day, {one['lost']:.1%} of the time lost")
+                 f"preemptions a day without notice, {one['lost']:.1%} of the time lost")
   if best:
+    minutes = f" and train.save_minutes={run['save_minutes']:g}" * (run["save_minutes"] > 0)
     lines.append(f"save every {best['steps']} steps ({clock(best['seconds'])}) for {run['preemptions']:g} "
-                 f"preemptions a day and saves of {run['save_seconds']:g} s; the config has "
-                 f"train.save_every={run['save_every']}")
+                 f"preemptions a day without notice and saves of {run['save_seconds']:g} s; the config has "
+                 f"train.save_every={run['save_every']}{minutes}")
   return lines
 
 

@@ -17,6 +17,7 @@ from tqdm import tqdm
 from data_pipeline.records import DataError
 from data_pipeline.stages import write_json
 from lskd_jax.config_files import load_config
+from lskd_jax.plan import files
 from lskd_jax.plan.topology import Topology, environment
 
 # Keys of a config that the compiled step does not depend on.
@@ -103,14 +104,15 @@ def cache_folder() -> Path:
 
 
 def key(config, topology: Topology, low_effort: bool) -> str:
-  """A name for what a compiled step depends on: config, topology, effort, versions, and our own source."""
+  """A name for what a compiled step depends on: config, its files, topology, effort, versions, our source."""
   about = json.loads(config.to_json_best_effort())
   for name in IRRELEVANT:
     group, _, last = name.rpartition(".")
     (about[group] if group else about).pop(last, None)
-  model = Path(config.init.model or ".") / "config.json"
+  model, folder = files.model_config(config), files.tokenizer_folder(config)
+  words = folder / "tokenizer.json" if folder else None
   parts = [about, str(topology), low_effort, sys.version_info[:2], source_digest(),
-           model.read_text() if config.init.model and model.exists() else "",
+           [path.read_text() if path and path.exists() else "" for path in (model, words)],
            [installed(name) for name in ("jax", "libtpu", "flax", "optax")]]
   return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:32]
 
@@ -127,6 +129,6 @@ def source_digest() -> str:
   """sha256 of the source of the packages whose code becomes part of the step."""
   root, total = Path(__file__).parents[2], hashlib.sha256()
   for path in sorted([*(root / "lskd_jax").glob("*.py"), *(root / "lskd_jax/models").rglob("*.py"),
-                      *(root / "lskd_jax/plan").glob("[ahmt]*.py")]):
+                      *(root / "lskd_jax/plan").glob("[afhmt]*.py")]):
     total.update(path.read_bytes())
   return total.hexdigest()

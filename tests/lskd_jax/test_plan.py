@@ -132,6 +132,15 @@ def test_a_plan_says_that_nothing_ran_what_bounds_it_and_what_it_costs():
   assert "save every 1315 steps (10:57)" in shown
 
 
+def test_saves_by_the_clock_count_where_they_come_sooner():
+  lost = lambda *interval: report.plan(FACTS, V5E, report.Run(), *interval)["costs"]["spot"]["lost"]
+  assert lost(1000, 1.0) == lost(120) != lost(1000)  # steps of 0.5 s
+  assert lost(1000, 60.0) == lost(1000)
+  shown = report.text(report.plan(FACTS, V5E, report.Run(), 1000, 1.0), V5E)
+  assert "the config has train.save_every=1000 and train.save_minutes=1" in shown
+  assert "2 preemptions a day without notice" in shown
+
+
 def test_a_given_price_replaces_the_list():
   shown = text(price=2.0, preemptions=0.0)
   assert "prices: yours" in shown and "$44 at $2" in shown and "spot" not in shown
@@ -198,6 +207,33 @@ def test_what_the_step_does_not_depend_on_does_not_compile_again():
   assert name() == name("seed=7", "data.corpus=there", "train.save_every=5")
   assert name() != name("data.batch_size=8")
   assert name() != run.key(load_config(CONFIG), V5E, True)
+
+
+def test_a_tokenizer_that_has_come_makes_another_plan(tmp_path):
+  loaded = load_config(CONFIG, [f"data.tokenizer={tmp_path / 'words'}"])
+  names = [run.key(loaded, V5E, False)]
+  (tmp_path / "words").mkdir()
+  for text in ("{}", '{"model": 1}'):
+    (tmp_path / "words" / "tokenizer.json").write_text(text)
+    names.append(run.key(loaded, V5E, False))
+  assert len(set(names)) == 3
+
+
+@pytest.mark.parametrize("words,line", [
+  (["--epochs", "0"], "'0' is not a number above 0"),
+  (["--preemptions-per-day", "-2"], "'-2' is not a number from 0 on"),
+  (["--save-seconds", "-1"], "'-1' is not a number from 0 on"),
+  (["--price", "-1"], "'-1' is not a number from 0 on")])
+def test_numbers_that_cannot_be_are_refused(words, line, capsys):
+  with pytest.raises(SystemExit):
+    cli.main([*command("v5e:4x4")[3:], *words])
+  assert line in capsys.readouterr().err
+
+
+def test_an_interval_between_saves_that_is_none_is_refused_before_anything_is_compiled(monkeypatch, capsys):
+  monkeypatch.setattr(run, "measured", lambda *arguments: pytest.fail("compiled"))
+  assert cli.main([*command("v5e:4x4")[3:], "--config.train.save_every=0"]) == 1
+  assert "train.save_every=0 must be at least 1" in capsys.readouterr().err
 
 
 def test_an_interrupt_ends_a_plan_at_once(tmp_path):
