@@ -3,6 +3,7 @@
 One corpus of eight scenes and a chain of runs of a few steps, as a user would make them: a ViT on
 words (extended by the guard), a student that starts from it, a critic that starts from the student.
 """
+import gc
 import json
 
 import jax
@@ -283,6 +284,35 @@ def test_a_config_that_cannot_be_run_leaves_no_folder(folder, tmp_path, group, k
   with pytest.raises(ValueError, match=error):
     run(config, tmp_path / "run", at_chance)
   assert not (tmp_path / "run").exists()
+
+
+def bytes_in_use():
+  """The bytes of all arrays on devices, those that share memory counted once."""
+  gc.collect()
+  arrays = (array for array in jax.live_arrays() if not jax.dtypes.issubdtype(array.dtype, jax.dtypes.prng_key))
+  shards = (shard.data for array in arrays for shard in array.addressable_shards)
+  return sum({shard.unsafe_buffer_pointer(): shard.nbytes for shard in shards}.values())
+
+
+def test_a_resumed_run_holds_its_state_once(folder, words, tmp_path):
+  """What it was made with is gone when the checkpoint is there."""
+  before, used = bytes_in_use(), {}
+
+  def look(graph, state, step):
+    used[step] = bytes_in_use() - before
+    if step == 2 and "killed" not in used:
+      used["killed"] = True
+      raise KilledError
+    return {}
+
+  config = student_config(folder)
+  config.train.save_every = 1
+  with pytest.raises(KilledError):
+    run(config, tmp_path, look)
+  run(config, tmp_path, look)
+  state = sum(array.nbytes for array in parameters(tmp_path).values())
+  assert used[1] > state  # and the optimizer's
+  assert used[2] == pytest.approx(used[1], rel=0.01)
 
 
 def test_a_frozen_vit_stays_bit_for_bit_and_the_rest_learns(folder, words, student):
