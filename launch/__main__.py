@@ -41,7 +41,7 @@ def read_arguments(argv: list[str]) -> Namespace:
   parser = ArgumentParser(prog="python -m launch", allow_abbrev=False, description=
                           "Runs training on TPU pods that can be taken away. See docs/launch.md.")
   verbs = parser.add_subparsers(metavar="VERB", required=True)
-  p = _add(verbs, "up", run_up, "start or look after a run until it is done", " --dry-run")
+  p = _add(verbs, "up", run_up, "start, look after or take up again a run until it is done", " --dry-run")
   p.add_argument("--dry-run", action="store_true", help="print the commands of a first pass; run nothing")
   p.add_argument("--backend", choices=["tpu-vm", "local"], default="tpu-vm",
                  help="local: processes on this machine, under the same policy")
@@ -50,7 +50,8 @@ def read_arguments(argv: list[str]) -> Namespace:
   p = _add(verbs, "logs", run_logs, "fetch the logs of all hosts, also while they are running")
   p.add_argument("--out", type=Path, metavar="DIR", help="instead of the folder of the state")
   p.add_argument("--tail", type=int, default=10, metavar="N", help="lines of the first host to print")
-  p = _add(verbs, "down", run_down, "delete the machines; checkpoints and logs stay", " --yes")
+  p = _add(verbs, "down", run_down, "delete the machines, forget the state; checkpoints and logs stay",
+           " --yes")
   p.add_argument("--yes", action="store_true", help="do not ask")
   for name, function, summary in (("manifest", run_manifest, "write a Kubernetes JobSet"),
                                   ("skypilot", run_skypilot, "write a SkyPilot task")):
@@ -131,20 +132,20 @@ def run_logs(args) -> int:
   folder = args.out or state_folder(config) / "logs"
   folder.mkdir(parents=True, exist_ok=True)
   _executor(config)(gcloud.logs(config, folder))
-  found = sorted(folder.glob("*/log-*.txt"), key=lambda path: (int(path.parent.name), path.name))
+  found = sorted(folder.glob("*/*/log-*.txt"), key=lambda path: (
+      path.parent.parent.name, int(path.parent.name), path.name))  # when it began, start, host
   if not found:
     print(f"no host has written a log yet ({folder})")
     return 0
   for path in found:
     print(path)
-  newest = found[-1].parent.name
-  first = next(path for path in found if path.parent.name == newest)
+  first = next(path for path in found if path.parent == found[-1].parent)
   print("\n".join(first.read_text(errors="replace").splitlines()[-args.tail:]))
   return 0
 
 
 def run_down(args) -> int:
-  """Deletes the machines and forgets what was done."""
+  """Deletes the machines and forgets what was done; checkpoints and logs stay."""
   config = configs.read(args.config, args.overrides, "tpu-vm")
   folder = state_folder(config)
   with locked(folder):

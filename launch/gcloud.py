@@ -62,6 +62,12 @@ def describe(config) -> Command:
                   "--format=value(state.state)", *_where(config)), accept=NOT_FOUND)
 
 
+def refusal(config) -> Command:
+  """Prints why a request FAILED (QueuedResourceState in the TPU API's reference)."""
+  return Command(("gcloud", "compute", "tpus", "queued-resources", "describe", config.name,
+                  "--format=value(state.failedData.error.message)", *_where(config)), optional=True)
+
+
 def delete(config) -> Command:
   """Deletes the request and its machines, in whatever state they are."""
   return Command(("gcloud", "compute", "tpus", "queued-resources", "delete", config.name, "--force",
@@ -84,9 +90,9 @@ def ship(config, code: str) -> list[Command]:
                   timeout=10 * MINUTE)]
 
 
-def exits(config, start: int) -> Command:
-  """Prints the exit file of each host that has ended in that start, a line each."""
-  return Command(("gcloud", "storage", "cat", f"{configs.in_bucket(config)}/run/{start}/exit-*"),
+def exits(config, run: str) -> Command:
+  """Prints the exit file of each host that has ended in the start with that folder, a line each."""
+  return Command(("gcloud", "storage", "cat", f"{configs.in_bucket(config)}/{run}/exit-*"),
                  accept=NOTHING_THERE)
 
 
@@ -118,18 +124,24 @@ def preflight(config, code: str) -> list[Command]:
   """Checks all hosts, after it has removed what an earlier run left."""
   kind = accelerator(config.accelerator_type)
   words = ["--folder", _folder(config), "--chips", kind.chips_per_host, "--hosts", kind.hosts,
-           "--slices", config.nodes, "--disk-gb", config.disk_gb]
+           "--slices", config.nodes, "--disk-gb", config.disk_gb, "--mount", config.mount]
   return [_ssh(config, node, _python(code, "launch.preflight", *words), tries=2) for node in nodes(config)]
 
 
-def start(config, code: str, start: int) -> list[Command]:
-  """Starts the command on all hosts, detached from this connection."""
+def start(config, code: str, run: str) -> list[Command]:
+  """Starts the command on all hosts, detached from this connection. run: folder for logs and exit codes."""
   variables = [f"{name}={value}" for name, value in config.environment.items()]
   command = [*(["env", *variables] if variables else []), *configs.words(config)]
-  run = f"{config.mount}/launch/{config.name}/run/{start}"
+  run = f"{config.mount}/launch/{config.name}/{run}"
   return [_ssh(config, node, _python(code, "launch.host", "start", "--folder", _folder(config), "--run", run,
                                      "--slice", i, "--", *command))
           for i, node in enumerate(nodes(config))]
+
+
+def ask(config, code: str) -> list[Command]:
+  """Each host prints RUNS or IDLE: whether the command is there."""
+  return [_ssh(config, node, _python(code, "launch.host", "ask", "--folder", _folder(config)),
+               tries=1)._replace(optional=True) for node in nodes(config)]
 
 
 def stop(config, code: str) -> list[Command]:

@@ -26,10 +26,10 @@ def test_a_run_survives_two_preemptions_a_stuck_host_and_failing_commands(
   gcloud_on_path(
       lives=[
           # Preempted with a warning: both hosts save and say so.
-          {"states": [WAITING, "PROVISIONING", *[ACTIVE] * 6, "SUSPENDING", "SUSPENDED"],
+          {"states": [WAITING, "PROVISIONING", *[ACTIVE] * 5, "SUSPENDING", "SUSPENDED"],
            "starts": [{"after": 2, "exits": [[42], [42, 42]]}]},
           # Preempted without one.
-          {"states": ["ACCEPTED", *[ACTIVE] * 4, "SUSPENDED"], "starts": [{"after": 99, "exits": []}]},
+          {"states": ["ACCEPTED", *[ACTIVE] * 3, "SUSPENDED"], "starts": [{"after": 99, "exits": []}]},
           # A host is stuck, the other is told to end; the same machines go on to the end.
           {"states": [WAITING, ACTIVE],
            "starts": [{"after": 1, "exits": [*[[150]] * 3, [150, 137]]},
@@ -205,7 +205,8 @@ def test_status_shows_machines_run_and_costs(launch, config, cloud, clock):
 def test_logs_of_all_hosts_are_fetched(launch, tmp_path):
   code, shown = launch("logs", "--tail", "1", "--out", str(tmp_path / "logs"))
   assert code == 0 and shown.out.splitlines() == [
-      f"{tmp_path}/logs/1/log-0-0.txt", f"{tmp_path}/logs/1/log-0-1.txt", "step 2"]
+      f"{tmp_path}/logs/20270115-080000/1/log-0-0.txt", f"{tmp_path}/logs/20270115-080000/1/log-0-1.txt",
+      "step 2"]
 
 
 def test_down_asks_and_deletes(launch, cloud, monkeypatch, tmp_path):
