@@ -46,8 +46,7 @@ def cloud(tmp_path, monkeypatch):
   def once(command):
     if command.words[0] != "gcloud":
       return real(command)
-    code, out, error = fake_gcloud.answer(file, list(command.words[1:]))
-    return code, out, error.strip()
+    return fake_gcloud.answer(file, list(command.words[1:]))
   monkeypatch.setattr(executor, "_once", once)
 
   def make(**cloud):

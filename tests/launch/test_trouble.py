@@ -1,11 +1,14 @@
 """What a launcher must not do: pay for machines that are of no use, forget them, or end without a reason."""
+import importlib.resources
+import os
 import re
 import subprocess
 
 import pytest
 
 from data_pipeline.records import DataError
-from launch.executor import Refused
+from launch.executor import CommandFailed, Refused, executor
+from launch.gcloud import Command
 from launch.up import prepare, read_state, up
 from tests.launch.test_up import ACTIVE, DONE, commands, interrupted_after, launch
 
@@ -154,3 +157,36 @@ def test_hosts_that_cannot_be_asked_are_left_alone(config, cloud, clock):
         failures={f"ask {n}": "[/usr/bin/ssh] exited with return code [255]." for n in range(1, 9)})
   assert up(config, print, clock) == 0
   assert read_state(config).starts == 1
+
+
+# ---- why a command failed ----
+
+
+def test_what_a_host_said_is_shown_and_all_of_it_kept(tmp_path, clock):
+  """gcloud's remark that a worker failed comes last, and says nothing."""
+  script = ("echo 'ERROR: worker 1: 0 chips are there' >&2; echo 'more about it' >&2;"
+            "echo '##### Command execution on worker 1 failed with exit status 1. Continuing.' >&2; exit 1")
+  said = []
+  with pytest.raises(CommandFailed, match="^ERROR: worker 1: 0 chips are there$"):
+    executor(tmp_path / "transcript.log", clock, said.append)(Command(("bash", "-c", script), tries=1))
+  assert said == ["failed, try 1 of 1: ERROR: worker 1: 0 chips are there"]
+  assert "\n  more about it\n  ##### Command" in (tmp_path / "transcript.log").read_text()
+
+
+def test_without_an_error_line_the_last_one_of_the_host_is_shown(tmp_path, clock):
+  script = "echo 'No space left on device' >&2; echo '##### Command execution on worker 0 failed' >&2; exit 1"
+  with pytest.raises(CommandFailed, match="^No space left on device$"):
+    executor(tmp_path / "transcript.log", clock, print)(Command(("bash", "-c", script), tries=1))
+
+
+def test_setup_says_which_step_failed(tmp_path):
+  for name, code in (("sudo", 0), ("gcsfuse", 1)):
+    (tmp_path / name).write_text(f"#!/bin/sh\nexit {code}\n")
+    (tmp_path / name).chmod(0o755)
+  words = ["gs://bucket/code", "version", "bucket", str(tmp_path / "mount"), "3.12", "0.13.8"]
+  done = subprocess.run(["bash", str(importlib.resources.files("launch") / "setup.sh"), *words], text=True,
+                        env={"PATH": f"{tmp_path}:{os.environ['PATH']}", "HOME": str(tmp_path)},
+                        capture_output=True, check=False, timeout=60)
+  assert done.returncode == 1
+  last = done.stderr.splitlines()[-1]
+  assert re.fullmatch(r'ERROR: setup.sh, line \d+: gcsfuse --implicit-dirs "\$bucket" "\$mount"', last)
