@@ -52,6 +52,8 @@ def create(config) -> Command:
     words.append(f"--{config.provisioning}")
   if autocheckpoint:
     words.append("--autocheckpoint-enabled")
+    if config.provisioning == "spot":  # without it SDK 528's `gcloud alpha` asks for the STANDARD model
+      words.append("--provisioning-model=spot")
   # A try that was cut off may have succeeded.
   return Command((*words, "--async", "--quiet", *_where(config)), tries=1, accept="ALREADY_EXISTS")
 

@@ -191,6 +191,14 @@ def test_a_dry_run_of_several_slices_with_flex_start(launch, golden):
   golden("dry_run_slices.txt", shown.out)
 
 
+def test_spot_machines_with_autocheckpoint_are_asked_for_as_spot_twice(launch):
+  """`gcloud alpha` has a second argument for it, whose default is not what --spot says."""
+  create = next(line for line in launch("up", "--dry-run", "--config.accelerator_type=v5litepod-8",
+                                        )[1].out.splitlines() if "create" in line)
+  assert create.startswith("gcloud alpha ")
+  assert {"--spot", "--autocheckpoint-enabled", "--provisioning-model=spot"} <= set(create.split())
+
+
 def test_status_shows_machines_run_and_costs(launch, config, cloud, clock):
   cloud(lives=[DONE], commits={"1": 80})
   up(config, [].append, clock)
