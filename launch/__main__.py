@@ -45,7 +45,7 @@ def read_arguments(argv: list[str]) -> Namespace:
   p.add_argument("--dry-run", action="store_true", help="print the commands of a first pass; run nothing")
   p.add_argument("--backend", choices=["tpu-vm", "local"], default="tpu-vm",
                  help="local: processes on this machine, under the same policy")
-  p.add_argument("--workdir", help="local: instead of the command's")
+  p.add_argument("--workdir", help="with --backend local: instead of the command's")
   _add(verbs, "status", run_status, "show the machines, the run and what it has cost")
   p = _add(verbs, "logs", run_logs, "fetch the logs of all hosts, also while they are running")
   p.add_argument("--out", type=Path, metavar="DIR", help="instead of the folder of the state")
@@ -90,6 +90,8 @@ def run_up(args) -> int:
       print(local.command(config, args.workdir))
       return 0
     return local.up(config, args.workdir)
+  if args.workdir:
+    raise DataError("--workdir is for --backend local; on machines it is part of the config's command")
   if args.dry_run:
     print("\n".join(rehearse(config)))
     return 0
@@ -154,7 +156,10 @@ def run_down(args) -> int:
     if resource:
       if not args.yes:
         machines = f"{config.nodes} x {config.accelerator_type}"
-        answer = input(f"delete {config.name} ({resource}, {machines})? [y/N] ")
+        try:
+          answer = input(f"delete {config.name} ({resource}, {machines})? [y/N] ")
+        except EOFError:
+          raise DataError("nothing was deleted: without a terminal to ask at, say --yes") from None
         if answer.strip().lower() not in ("y", "yes"):
           print("nothing was deleted")
           return exit_codes.INPUT

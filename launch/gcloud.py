@@ -11,7 +11,7 @@ from launch import config as configs
 from launch.accelerators import accelerator
 
 NOT_FOUND = r"NOT_FOUND|was not found"
-NOTHING_THERE = r"matched no objects"
+NOTHING_THERE = r"matched no objects|Did not find existing container"
 MINUTE = 60.0
 
 

@@ -114,6 +114,8 @@ def ls(cloud, words):
 
 
 def rsync(cloud, words):
+  if not cloud.get("begun"):
+    raise LookupError(f"Did not find existing container at: {words[-2]}")
   folder = Path(words[-1]) / "20270115-080000" / "1"
   folder.mkdir(parents=True, exist_ok=True)
   (folder / "log-0-0.txt").write_text("step 1\nstep 2\n")

@@ -1,4 +1,5 @@
 """A run on machines that are taken away twice ends complete, and every command on the way is known."""
+import io
 import json
 import os
 import re
@@ -210,11 +211,21 @@ def test_status_shows_machines_run_and_costs(launch, config, cloud, clock):
   assert table["dollars"].endswith(f"of {48 * 8 * 1.2:.2f}")
 
 
-def test_logs_of_all_hosts_are_fetched(launch, tmp_path):
+def test_logs_of_all_hosts_are_fetched(launch, cloud, tmp_path):
+  assert launch("logs")[1].out.startswith("no host has written a log yet")
+  cloud(begun=1)
   code, shown = launch("logs", "--tail", "1", "--out", str(tmp_path / "logs"))
   assert code == 0 and shown.out.splitlines() == [
       f"{tmp_path}/logs/20270115-080000/1/log-0-0.txt", f"{tmp_path}/logs/20270115-080000/1/log-0-1.txt",
       "step 2"]
+
+
+def test_down_without_a_terminal_deletes_nothing(launch, cloud, monkeypatch):
+  cloud(lives=[], life={"states": [ACTIVE]}, looks=-1)
+  monkeypatch.setattr("sys.stdin", io.StringIO())
+  code, shown = launch("down")
+  assert code == 1
+  assert shown.err == "launch: error: nothing was deleted: without a terminal to ask at, say --yes\n"
 
 
 def test_down_asks_and_deletes(launch, cloud, monkeypatch, tmp_path):
