@@ -93,12 +93,12 @@ def look(config, state: State, run: Callable[[Command], str], ask: bool = False)
   """What is there now; only as many commands as the state needs. ask: also ask the hosts, which is slow."""
   resource = run(gcloud.describe(config)).strip() or None
   exits, durable, idle = (), None, None
-  error = run(gcloud.refusal(config)).strip() if resource == "FAILED" else ""
+  error = " ".join(run(gcloud.refusal(config)).split()) if resource == "FAILED" else ""
   if state.running:
     if ask and resource == "ACTIVE":  # before the exit codes: a host that is idle has written its own
       idle = sum(run(one).split().count("IDLE") for one in gcloud.ask(config, state.code_version))
     exits = read_exits(run(gcloud.exits(config, run_folder(state))))
-  if (state.running and (exits or resource != "ACTIVE")) or (resource == "ACTIVE" and not state.running):
+  if exits or idle or (resource == "ACTIVE") != state.running:
     durable = newest_step(run(gcloud.markers(config)).split())
   return Seen(resource, exits, durable, idle, error)
 

@@ -8,7 +8,7 @@ import sys
 import pytest
 
 from configs import launch_v5e
-from launch import executor
+from launch import __main__ as command_line, executor
 from tests.launch import fake_gcloud
 
 HERE = Path(__file__).parent
@@ -78,6 +78,19 @@ def clock():
     sleeps.append(duration)
     assert len(sleeps) < 300, "the launcher does not come to an end"
   return executor.Clock(lambda: seconds[0], sleep)
+
+
+@pytest.fixture
+def launch(config, cloud, tmp_path, capsys):
+  """Calls `python -m launch` with the config; the exit code and what was printed."""
+  changed = ("name", "project", "bucket", "accelerator_type", "zone", "source", "requirements", "python",
+             "state", "command")
+  words = [f"--config.{key}={config[key]}" for key in changed]
+
+  def call(verb, *more):
+    code = command_line.main([verb, "--config", "configs/launch_v5e.py", *words, *more])
+    return code, capsys.readouterr()
+  return call
 
 
 @pytest.fixture

@@ -10,9 +10,7 @@ from data_pipeline.records import DataError
 from launch.executor import CommandFailed, Refused, executor
 from launch.gcloud import Command
 from launch.up import prepare, read_state, up
-from tests.launch.test_up import ACTIVE, DONE, commands, interrupted_after, launch
-
-__all__ = ["launch"]  # a fixture
+from tests.launch.test_up import ACTIVE, DONE, commands, interrupted_after
 
 ENDLESS = {"after": 999, "exits": []}
 
@@ -29,10 +27,10 @@ def test_machines_of_no_use_are_not_replaced_for_ever(config, cloud, clock):
   """A run that came far once has not come any further by machines that never ran it."""
   config.max_failures = 2
   cloud(lives=[{"states": [*[ACTIVE] * 3, "SUSPENDED"], "starts": [ENDLESS]},
-               *[{"states": [ACTIVE], "starts": []}] * 9],
+               *[{"states": [ACTIVE], "starts": []}, {"states": ["SUSPENDED"], "starts": []}] * 9],
         commits={"1": 40}, failures={f"preflight {n}": "worker 1: 0 chips are there" for n in range(2, 99)})
   assert up(config, print, clock) == 1
-  assert requests(config) == 1 + 3
+  assert requests(config) == 1 + 3 + 2, "one that ran, three of no use, two taken away between them"
   assert read_state(config).why == ("3 failures in a row, the last with: ERROR: (gcloud.preflight) worker 1: "
                                     "0 chips are there")
 
@@ -145,10 +143,11 @@ def test_what_is_shipped_is_committed_but_other_files_may_be_there(config, own_c
 
 def test_a_host_without_command_and_without_exit_code_counts_as_killed(config, cloud, clock):
   """It was switched on anew, say; the others may wait for it for ever."""
-  cloud(lives=[{"states": [ACTIVE], "starts": [ENDLESS, {"after": 1, "exits": [[0, 0]]}], "idle": [0, 1, 0]}])
+  cloud(lives=[{"states": [ACTIVE], "starts": [ENDLESS, {"after": 1, "exits": [[0, 0]]}], "idle": [0, 1, 0]}],
+        commits={"1": 40, "2": 80})
   said = []
   assert up(config, said.append, clock) == 0
-  assert "a host lost the command and left no exit code: restarting 1/10 from the start" in said
+  assert "a host lost the command and left no exit code: restarting 1/10 from step 40" in said
   assert read_state(config).starts == 2
 
 

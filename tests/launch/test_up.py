@@ -7,7 +7,6 @@ import re
 import pytest
 
 from data_pipeline.records import DataError
-from launch import __main__ as command_line
 from launch.executor import Refused
 from launch.planner import State
 from launch.up import lock_file, locked, prepare, read_state, state_folder, up
@@ -164,19 +163,6 @@ def test_the_environment_is_pinned(config, monkeypatch):
 
 
 # ---- the other verbs ----
-
-
-@pytest.fixture
-def launch(config, cloud, tmp_path, capsys):
-  """Calls `python -m launch` with the config; the exit code and what was printed."""
-  changed = ("name", "project", "bucket", "accelerator_type", "zone", "source", "requirements", "python",
-             "state", "command")
-  words = [f"--config.{key}={config[key]}" for key in changed]
-
-  def call(verb, *more):
-    code = command_line.main([verb, "--config", "configs/launch_v5e.py", *words, *more])
-    return code, capsys.readouterr()
-  return call
 
 
 def test_a_dry_run_prints_every_command_of_a_first_pass(launch, golden):
