@@ -91,6 +91,13 @@ def test_mended_input_takes_a_run_up_again(config, cloud, clock):
   assert up(config, print, clock) == 0
 
 
+def test_taking_a_run_up_again_forgives_the_failures(config, cloud, clock):
+  config.max_failures = 2
+  cloud(lives=[{"states": ["FAILED"], "starts": []}] * 6)
+  assert up(config, print, clock) == up(config, print, clock) == 1
+  assert requests(config) == 6
+
+
 def test_a_run_that_is_done_says_so_and_costs_nothing_more(config, cloud, clock):
   cloud(lives=[DONE])
   said = []
@@ -153,7 +160,7 @@ def test_a_host_without_command_and_without_exit_code_counts_as_killed(config, c
 
 def test_hosts_that_cannot_be_asked_are_left_alone(config, cloud, clock):
   cloud(lives=[{"states": [ACTIVE], "starts": [{"after": 40, "exits": [[0, 0]]}]}],
-        failures={f"ask {n}": "[/usr/bin/ssh] exited with return code [255]." for n in range(1, 9)})
+        failures={f"ask {n}": "[/usr/bin/ssh] exited with return code [255]." for n in range(1, 999)})
   assert up(config, print, clock) == 0
   assert read_state(config).starts == 1
 
