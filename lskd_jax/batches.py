@@ -42,8 +42,7 @@ def find_held_out(config) -> tuple[Corpus, Callable | None] | None:
   if same_corpus and (not held_out.split or data.split in ("", held_out.split)):
     raise DataError(f"eval.split={held_out.split!r}: the run learns from these images of {path}; name "
                     "another split, or another eval.corpus")
-  image_root = held_out.image_root if held_out.corpus else data.image_root
-  return find_corpus(config, path, image_root, held_out.split)
+  return find_corpus(config, path, held_out.image_root or data.image_root, held_out.split)
 
 
 def whole_batches(config, loader: Loader) -> int:

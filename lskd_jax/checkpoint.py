@@ -9,8 +9,7 @@ A run's `workdir` holds
 
 and a model directory holds `config.json`, `tokenizer/` and `params/` (orbax).
 
-Everything here is collective: on several hosts, all processes call it with the same arguments, on a
-folder that all of them see.
+Everything here is collective: all processes call it with the same arguments, on a folder that all see.
 """
 import json
 import logging
@@ -43,7 +42,7 @@ class Checkpointer:
         ...
         checkpoints.poll()
         if checkpoints.due(step):
-          checkpoints.save(step, state, {"next_batch": step})
+          checkpoints.save(step, state, {"extended": False})
 
   Args:
     workdir: the run's folder, made when missing.
@@ -62,11 +61,7 @@ class Checkpointer:
 
   def __init__(self, workdir, keep: int = 3, save_every: int = 1000, *, keep_best: int = 0,
                best_metric: str = "", best_mode: str = "max", frozen_source=None):
-    if keep < 1 or save_every < 1:
-      raise CheckpointError(f"keep={keep} and save_every={save_every} must both be at least 1")
-    if keep_best and not best_metric or best_mode not in ("min", "max"):
-      raise CheckpointError(f"keep_best={keep_best} needs the name of a metric and the mode 'min' or "
-                            f"'max': got best_metric={best_metric!r}, best_mode={best_mode!r}")
+    check_settings(keep, save_every, keep_best, best_metric, best_mode)
     self.workdir = epath.Path(workdir).absolute()
     self.directory = self.workdir / "checkpoints"
     self.save_every = save_every
@@ -115,7 +110,7 @@ class Checkpointer:
     about = {"leaves": trees.make_manifest(named), "frozen": self._frozen, "extra": extra or {}}
     marker = {
         "step": step, "manifest": committed.digest(about), "version": lskd_jax.__version__,
-        "mesh": _mesh_shape(named), "processes": jax.process_count(), "extra": about["extra"],
+        "mesh": trees.mesh_shape(named), "processes": jax.process_count(), "extra": about["extra"],
         "metrics": {name: float(value) for name, value in (metrics or {}).items()}}
     word = agreement.Word()
     try:
@@ -179,6 +174,16 @@ class Checkpointer:
   def seconds_of_last_save(self) -> float | None:
     """How long the last complete save took, from `save` to its commit; None before there is one."""
     return self._seconds
+
+  def add_metrics(self, step: int, metrics: dict[str, float]) -> None:
+    """Adds metrics to a committed step: those of an evaluation that was made after its save."""
+    self.wait()
+    if jax.process_index() == 0:
+      committed.add_metrics(self.directory / str(step), metrics)
+
+  def is_empty(self) -> bool:
+    """Whether there is no checkpoint at all, not even a damaged one."""
+    return agreement.from_first(lambda: not committed.folders(self.directory))
 
   def durable_step(self) -> int | None:
     """The newest committed step; a save under way does not count."""
@@ -286,10 +291,13 @@ class Checkpointer:
         log.warning("%s", second)
 
 
-def _mesh_shape(named: dict[str, object]) -> dict[str, int]:
-  """The mesh that the leaves are on; {} if they are on none."""
-  meshes = (getattr(getattr(leaf, "sharding", None), "mesh", None) for leaf in named.values())
-  return next((dict(mesh.shape) for mesh in meshes if mesh is not None), {})
+def check_settings(keep: int, save_every: int, keep_best: int, best_metric: str, best_mode: str) -> None:
+  """Raises CheckpointError for settings that a `Checkpointer` cannot follow."""
+  if keep < 1 or save_every < 1:
+    raise CheckpointError(f"keep={keep} and save_every={save_every} must both be at least 1")
+  if keep_best and not best_metric or best_mode not in ("min", "max"):
+    raise CheckpointError(f"keep_best={keep_best} needs the name of a metric and the mode 'min' or "
+                          f"'max': got best_metric={best_metric!r}, best_mode={best_mode!r}")
 
 
 # --- model directories ---------------------------------------------------------------------------

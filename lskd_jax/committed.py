@@ -48,6 +48,13 @@ def commit(folder: epath.Path, marker: dict) -> None:
   _sync(folder.parent)
 
 
+def add_metrics(folder: epath.Path, metrics: dict[str, float]) -> None:
+  """Writes the marker of a committed step anew, with more metrics."""
+  marker = json.loads((folder / MARKER).read_text())
+  marker["metrics"] |= {name: float(value) for name, value in metrics.items()}
+  write_whole(folder / MARKER, json.dumps(marker, indent=1, sort_keys=True) + "\n")
+
+
 def write_whole(path: epath.Path, text: str) -> None:
   """Writes a file that is on disk, under its name and whole, when this returns."""
   partial = path.parent / f"{path.name}.partial"

@@ -1,5 +1,6 @@
 """What an error says to a user, and the exit code it ends a command with."""
 import errno
+import os
 import sys
 import traceback
 
@@ -17,14 +18,23 @@ def exit_code(error: BaseException) -> int:
   return getattr(error, "exit_code", exit_codes.INPUT)
 
 
+def say(text: str) -> None:
+  """Prints a line to standard error. That nobody reads it, after a lost connection, changes nothing else."""
+  try:
+    print(text, file=sys.stderr, flush=True)
+  except OSError as error:
+    if error.errno in (errno.EPIPE, errno.EIO):  # or Python tries again at its end, and exits with 120
+      os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stderr.fileno())
+
+
 def report(error: BaseException) -> None:
   """Prints one line for what a user can mend, and a traceback where the program is wrong."""
   if isinstance(error, KeyboardInterrupt):
-    print("lskd: interrupted; the same command continues where this one stopped", file=sys.stderr)
+    say("lskd: interrupted; the same command continues where this one stopped")
   elif isinstance(error, (ValueError, OSError)) and is_about_input(error):
-    print(f"lskd: error: {in_one_line(error)}", file=sys.stderr)
+    say(f"lskd: error: {in_one_line(error)}")
   else:
-    traceback.print_exception(error)
+    say("".join(traceback.format_exception(error)).rstrip())
 
 
 def is_about_input(error: BaseException) -> bool:

@@ -13,6 +13,8 @@ from jax.extend.core import ClosedJaxpr, Jaxpr
 from jax.interpreters import partial_eval
 import numpy as np
 
+from lskd_jax.tensorboard import Board
+
 # --- values over steps ---------------------------------------------------------------------------
 
 
@@ -52,11 +54,7 @@ class MetricWriter:
     self._start_of_last = self._file.tell()
     if self._last["step"] >= 0:
       self._write_line()
-    self._board = None
-    if tensorboard:
-      import tensorboardX  # up to a second that a command without training need not wait for
-      # purge_step: TensorBoard hides what an earlier process wrote from this step on.
-      self._board = tensorboardX.SummaryWriter(str(workdir / "tensorboard"), purge_step=step + 1)
+    self._board = Board(workdir / "tensorboard", step) if tensorboard else None
 
   def write(self, step: int, values: Mapping) -> None:
     """Records scalars by name (arrays on the device, or numbers) for `step`.
@@ -81,8 +79,6 @@ class MetricWriter:
     """Waits for the values given so far and puts them on disk."""
     if self.active:
       self._fetch()
-      if self._board:
-        self._board.flush()
 
   def _fetch(self) -> None:
     if self._pending is None:
@@ -96,8 +92,7 @@ class MetricWriter:
     self._last |= {name: for_json(value) for name, value in values.items()}
     self._write_line()
     if self._board:
-      for name, value in values.items():
-        self._board.add_scalar(name, value, step)
+      self._board.add(step, values)
 
   def _write_line(self) -> None:
     """Writes the last line, in place of what the file has of it."""

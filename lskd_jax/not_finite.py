@@ -37,7 +37,12 @@ class Watch:
 
   def __call__(self, step: int, values: dict) -> None:
     values["skipped_in_row"].copy_to_host_async()
-    before, self._before = self._before, (step, values)
+    self.look()
+    self._before = step, values
+
+  def look(self) -> None:
+    """Looks at the newest step, which else is done when the next one comes; a run's last has no next."""
+    before, self._before = self._before, None
     if before and int(jax.device_get(before[1]["skipped_in_row"])) >= self._max:
       self._flush()
       raise self._stop(*before)

@@ -18,7 +18,6 @@ import functools
 import math
 import os
 import socket
-import sys
 import threading
 import zlib
 
@@ -27,7 +26,7 @@ from jax.experimental import mesh_utils, multihost_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec as P
 import numpy as np
 
-from lskd_jax import exit_codes
+from lskd_jax import errors, exit_codes
 
 AXES = ("slice", "data", "fsdp", "tensor")
 BATCH = ("slice", "data", "fsdp")  # what batch rows are split over
@@ -284,8 +283,8 @@ def one_of_several(environment) -> str | None:
 def _all_come(seconds: int, who: str, where: str):
   """Ends the process if the block takes too long: JAX's own timeout aborts it with a stack trace."""
   def end():
-    print(f"lskd: error: after {seconds} s not all of {who} have come to {where}: start the missing ones, or "
-          "look whether that address and their numbers are right", file=sys.stderr, flush=True)
+    errors.say(f"lskd: error: after {seconds} s not all of {who} have come to {where}: start the missing "
+               "ones, or look whether that address and their numbers are right")
     os._exit(exit_codes.PEER_LOST)
   timer = threading.Timer(seconds, end)
   timer.daemon = True

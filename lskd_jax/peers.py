@@ -4,6 +4,7 @@ Texts by key, in the coordination service of `jax.distributed`, so they arrive a
 computes, compiles, or waits in a collective for one that never comes. A run of one process has a
 dictionary instead.
 """
+import contextlib
 import json
 import os
 from pathlib import Path
@@ -71,8 +72,9 @@ def leave(code: int) -> None:
   that comes here decides; a second one waits for the end.
   """
   with deciding:
-    sys.stdout.flush()
-    sys.stderr.flush()
+    for stream in (sys.stdout, sys.stderr):
+      with contextlib.suppress(OSError, ValueError):
+        stream.flush()
     farewell = threading.Thread(target=_say_farewell, args=(store(), code), daemon=True)
     farewell.start()  # in a thread, because a call to a service that is gone may block
     farewell.join(LINGER)
@@ -93,7 +95,7 @@ def write_crash(workdir, index: int, record: dict) -> None:
   try:
     path.write_text(json.dumps({"process": index, "time": time.time(), **record}, indent=2) + "\n")
   except OSError as error:  # a full disk must not change the exit code
-    print(f"lskd: {path} cannot be written: {errors.in_one_line(error)}", file=sys.stderr)
+    errors.say(f"lskd: {path} cannot be written: {errors.in_one_line(error)}")
 
 
 def is_lost_peer(error: BaseException) -> bool:
@@ -136,8 +138,8 @@ class leaving_at_once:
     code = errors.exit_code(error)
     if is_lost_peer(error):
       code = exit_codes.PREEMPTED if self._stop and self._stop.stopping else exit_codes.PEER_LOST
-      print(f"lskd: process {found.index}: another process of this run is lost: "
-            f"{errors.in_one_line(error)[:300]}", file=sys.stderr)
+      errors.say(f"lskd: process {found.index}: another process of this run is lost: "
+                 f"{errors.in_one_line(error)[:300]}")
     elif not isinstance(error, SystemExit):
       errors.report(error)
     if code not in (exit_codes.DONE, *exit_codes.PREEMPTIONS):

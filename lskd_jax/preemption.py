@@ -11,11 +11,13 @@ thread does, and the threads of all processes agree through `peers.store()`:
 A loop that comes to its own proposal waits for the others'. That cannot deadlock: they come from
 threads, and every earlier step is dispatched. Where nothing can be saved, all exit with 43.
 """
+import faulthandler
+import signal
 import sys
 import threading
 import time
 
-from lskd_jax import exit_codes, peers, signals
+from lskd_jax import errors, exit_codes, peers, signals
 
 LOOK_EVERY = 0.2  # seconds between looks at what the others say
 AGREE_WITHIN = 15.0  # seconds: a thread that has not proposed by then is gone
@@ -124,8 +126,8 @@ class Preemption:
     culprit = self._term and self._term.keep()
     if culprit and not self._warned:
       self._warned = True
-      print(f"lskd: warning: {culprit} replaced the handler of SIGTERM; it is ours again. Preemptions "
-            "in between would have been missed", file=sys.stderr)
+      errors.say(f"lskd: warning: {culprit} replaced the handler of SIGTERM; it is ours again. Preemptions "
+                 "in between would have been missed")
 
   def close(self) -> None:
     """Ends the thread and gives SIGTERM back: the run is over."""
@@ -184,8 +186,7 @@ class Preemption:
     elif len(proposals) == store.count:
       boundary = NOWHERE if NOWHERE in proposals.values() else max(proposals.values())
       if kind == "stop" and store.index == 0:
-        print(f"lskd: {agreement.reason}: all processes save at step {boundary} and stop", file=sys.stderr,
-              flush=True)
+        errors.say(f"lskd: {agreement.reason}: all processes save at step {boundary} and stop")
       with self._changed:
         agreement.boundary = boundary
         self._changed.notify_all()
@@ -198,7 +199,7 @@ class Preemption:
     index = self._store.index if self._store else 0
     code = exit_codes.PREEMPTED if self.stopping else exit_codes.PEER_LOST
     before = f"{self._stop.reason}: " if self.stopping else ""
-    print(f"lskd: process {index}: {before}{why}; exit code {code}", file=sys.stderr)
+    errors.say(f"lskd: process {index}: {before}{why}; exit code {code}")
     if code == exit_codes.PEER_LOST:
       peers.write_crash(self._workdir, index, {"code": code, "reason": why})
     self._closed.set()
@@ -208,8 +209,12 @@ class Preemption:
 def install() -> Preemption:
   """Takes SIGTERM over, for this process's main thread, and asks Google's metadata server.
 
-  Call it as early as possible: what comes before ends the process without an exit code of ours.
+  Call it as early as possible: what comes before ends the process without an exit code of ours. From here
+  on SIGUSR1 prints the stacks of all threads, and SIGUSR2, which asks for a profile, ends no process that
+  has no step to show yet or any more.
   """
   preemption = Preemption(signals.Term())
+  faulthandler.register(signal.SIGUSR1, file=sys.__stderr__, all_threads=True)
+  signal.signal(signal.SIGUSR2, signal.SIG_IGN)
   signals.watch_metadata(lambda reason: preemption.ask("stop", reason))
   return preemption

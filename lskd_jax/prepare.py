@@ -16,7 +16,7 @@ from data_pipeline.loader import Loader
 from data_pipeline.records import DataError
 from data_pipeline.stages import write_json
 from data_pipeline.texts import text_encoder
-from lskd_jax import checkpoint, features, losses, optim, parallel, rows, step
+from lskd_jax import checkpoint, features, guard, losses, optim, parallel, rows, step
 from lskd_jax.batches import (
   batches_of,
   find_corpus,
@@ -64,6 +64,9 @@ def prepare(config, workdir: Path, mesh, progress: bool = True,
   # --- data ---
   corpus, columns = find_corpus(config, config.data.corpus, config.data.image_root, config.data.split)
   others = find_held_out(config)
+  if not config.data.cache_features:
+    for images in (corpus, *others[:1]) if others else (corpus,):
+      images.image_bytes(0)  # a wrong image_root is found now, not at the first batch or evaluation
   tokenizer_dir = find_tokenizer(config, workdir, corpus)
   tokenizer = tokenizers.load_tokenizer(tokenizer_dir)
 
@@ -80,8 +83,6 @@ def prepare(config, workdir: Path, mesh, progress: bool = True,
     if "vit" not in config.train.frozen:
       raise ValueError("data.cache_features=True needs a ViT that does not change: add 'vit' to "
                        "train.frozen")
-    if jax.process_count() > 1:
-      raise ValueError("data.cache_features=True works in a single process: set it to False")
     vit = nnx.merge(graph, params, frozen)
     vit = vit.student.vit if config.task == "critic" else vit.vit
     folder = Path(config.data.features or workdir / "features")
@@ -113,7 +114,7 @@ def prepare(config, workdir: Path, mesh, progress: bool = True,
 def extended(config, parts: Parts) -> tuple:
   """The config and the parts of a run that goes on for longer, because it had not left chance."""
   longer = config.copy_and_resolve_references()
-  longer.optim.steps = round(config.optim.steps * config.guard.factor)
+  longer.optim.steps = guard.extended_steps(config)
   tx, train_step = make_step(longer, parts.graph)
   return longer, parts._replace(tx=tx, train_step=train_step)
 
@@ -224,10 +225,15 @@ def check_config(config, mesh) -> None:
   """Raises ValueError or DataError for what is wrong whatever the data are, before anything is written.
 
   A batch that cannot be divided as asked on this mesh, a warm-up longer than the run, a loss that the
-  model does not have.
+  model does not have, intervals that are none.
   """
   optim.schedule(config.optim)
   make_objective(config)
+  train = config.train
+  for name in ("log_every", "max_skipped"):
+    if train[name] < 1:
+      raise DataError(f"train.{name}={train[name]} must be at least 1")
+  checkpoint.check_settings(train.keep, train.save_every, train.keep_best, train.best_metric, train.best_mode)
   parallel.own_rows(mesh, config.data.batch_size)
   images, groups = config.data.batch_size, math.prod(mesh.shape[axis] for axis in parallel.BATCH)
   parts, block = config.train.microbatches, config.loss.itc_block
@@ -243,7 +249,9 @@ def find_tokenizer(config, workdir: Path, corpus: Corpus) -> Path:
   if config.init.model:
     return Path(config.init.model) / "tokenizer"
   folder = workdir / "tokenizer"
-  if not (folder / "tokenizer.json").exists() and jax.process_index() == 0:
+  # Before config.json is there, it may be what another config left when it was refused.
+  mine = (folder / "tokenizer.json").exists() and (workdir / "config.json").exists()
+  if not mine and jax.process_index() == 0:
     tokenizers.train_tokenizer(corpus_texts(corpus), folder, config.data.vocabulary)
   checkpoint.barrier("tokenizer is trained")
   return folder

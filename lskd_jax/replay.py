@@ -17,9 +17,17 @@ import optax
 from tqdm import tqdm
 
 from data_pipeline.records import DataError
-from lskd_jax import checkpoint, parallel, trees
+from lskd_jax import checkpoint, guard, parallel, trees
 from lskd_jax.metrics import for_json, read_metrics
-from lskd_jax.prepare import Parts, check_config, claim, extended, loss_weights, make_objective, prepare
+from lskd_jax.prepare import (
+  Parts,
+  check_config,
+  claim,
+  extended,
+  loss_weights,
+  make_objective,
+  prepare,
+)
 from lskd_jax.step import init_state, make_train_step
 
 
@@ -81,19 +89,23 @@ def reproduce_step(config, workdir, number: int, progress: bool = True) -> Repla
 
 def _replay(step: int, config, workdir: Path, mesh, parts: Parts, progress: bool) -> Replay:
   state = {**jax.jit(lambda p: init_state(p, parts.tx))(parts.params), "frozen": parts.frozen}
-  extra, logged = {}, None
+  extra, logged, lines = {}, None, read_metrics(workdir / "metrics.jsonl")
   with _checkpoints_before(step, workdir) as view, checkpoint.Checkpointer(view) as reader:
     found = reader.restore_latest(state, mesh)
     if found is not None:
       state, extra = found
   state = dict(state)
   frozen, start = state.pop("frozen"), int(state["step"])
+  switch = guard.extended_after(config, lines)  # perhaps since that checkpoint
   if extra.get("extended"):
-    config, parts = extended(config, parts)
-  if step > config.optim.steps:
-    raise DataError(f"--reproduce-step {step}: the run has {config.optim.steps} steps")
-  for batch in tqdm(parts.batches(start, step), total=step - start, desc="replay", unit="step",
-                    disable=not progress, leave=False):
+    switch, (config, parts) = None, extended(config, parts)
+  steps = config.optim.steps if switch is None else guard.extended_steps(config)
+  if step > steps:
+    raise DataError(f"--reproduce-step {step}: the run has {steps} steps")
+  for before, batch in enumerate(tqdm(parts.batches(start, step), total=step - start, desc="replay",
+                                      unit="step", disable=not progress, leave=False), start):
+    if before == switch:
+      config, parts = extended(config, parts)
     rows = parallel.put_batch(batch, mesh)
     state, values = parts.train_step(state, frozen, rows, parts.run_key)
   values = {name: for_json(float(value)) for name, value in values.items() if isinstance(value, jax.Array)}
@@ -105,7 +117,7 @@ def _replay(step: int, config, workdir: Path, mesh, parts: Parts, progress: bool
                                     config.train.microbatches, max_grad_norm=None)
     found, _ = gradient_step(again, frozen, rows, parts.run_key)
     gradients = not_finite_leaves(found["opt"])
-  for line in read_metrics(workdir / "metrics.jsonl"):
+  for line in lines:
     if line["step"] == step and "loss" in line:
       logged = {name: line[name] for name in values if name in line}
   return Replay(step, start, values, logged, skipped, gradients)

@@ -18,7 +18,7 @@ import sys
 import time
 from typing import NamedTuple
 
-from lskd_jax import exit_codes
+from lskd_jax import errors, exit_codes
 
 POLL = 0.02  # seconds between looks at the processes
 LONGEST_BACKOFF = 64.0  # seconds
@@ -112,7 +112,7 @@ def describe(code: int) -> str:
 
 def newest_step(markers: Iterable[str]) -> int | None:
   """The newest step among paths such as `…/checkpoints/40/COMMITTED.json`; None if there is none."""
-  found = (re.search(r"/checkpoints/(\d+)/COMMITTED\.json$", str(marker)) for marker in markers)
+  found = (re.search(r"(?:^|/)checkpoints/(\d+)/COMMITTED\.json$", str(marker)) for marker in markers)
   return max((int(match[1]) for match in found if match), default=None)
 
 
@@ -131,8 +131,8 @@ def supervise(command: list[str], processes: int, workdir: Path | str, *, device
 
   Each process gets `--processes N --process-id I --coordinator localhost:PORT` and its own set of
   `devices` CPU devices, and writes to `workdir/logs/process-I.log`; process 0 to the terminal, too.
-  SIGTERM and SIGINT become SIGTERM for all of them: they save and end, and are not started again. A
-  second signal kills them.
+  SIGTERM, SIGINT and SIGHUP become SIGTERM for all of them: they save and end, and are not started
+  again. A second signal kills them.
 
   Args:
     linger: seconds that the others have to end by themselves once one process ended with a code
@@ -233,7 +233,7 @@ def _pass_output(outputs, timeout: float) -> bool:
       continue
     some = True
     log.write(data)
-    with contextlib.suppress(BrokenPipeError):  # nobody reads any more; the run goes on
+    with contextlib.suppress(OSError):  # nobody reads any more; the run goes on
       target.write(decoder.decode(data))
       target.flush()
   return some
@@ -257,10 +257,16 @@ def _free_port() -> int:
 
 @contextlib.contextmanager
 def _caught_signals():
-  """A list that grows by each SIGTERM and SIGINT; what was there before comes back at the end."""
+  """A list that grows by each SIGTERM, SIGINT and SIGHUP; what was there before comes back at the end.
+
+  SIGHUP, of a closed terminal, stays ignored where `nohup` has it so.
+  """
   caught = []
   handle = lambda number, frame: caught.append(signal.Signals(number))
-  before = {number: signal.signal(number, handle) for number in (signal.SIGTERM, signal.SIGINT)}
+  numbers = [signal.SIGTERM, signal.SIGINT]
+  if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:
+    numbers.append(signal.SIGHUP)
+  before = {number: signal.signal(number, handle) for number in numbers}
   try:
     yield caught
   finally:
@@ -277,7 +283,7 @@ def _sleep(seconds: float, caught: list) -> None:
 def _reporter(path: Path) -> Callable[[str], None]:
   """Prints a line, and adds it with the time to a file."""
   def say(text: str) -> None:
-    print(f"supervisor: {text}", file=sys.stderr, flush=True)
     with path.open("a") as log:
       log.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {text}\n")
+    errors.say(f"supervisor: {text}")
   return say

@@ -14,7 +14,6 @@ import contextlib
 import json
 import logging
 from pathlib import Path
-import sys
 import time
 from typing import NamedTuple
 
@@ -26,6 +25,7 @@ from data_pipeline.records import DataError
 from data_pipeline.stages import write_json
 from lskd_jax import (
   checkpoint,
+  errors,
   goodput,
   held_out,
   metrics,
@@ -41,6 +41,7 @@ from lskd_jax import (
 from lskd_jax.batches import has_held_out
 from lskd_jax.fed import Fed
 from lskd_jax.frozen_dtype import widened
+from lskd_jax.guard import needs_more
 from lskd_jax.models import build
 from lskd_jax.prepare import Parts, check_config, claim, count_start, extended, prepare, start_weights
 from lskd_jax.watchdog import Watchdog
@@ -107,9 +108,9 @@ def train(config, workdir, *, evaluate: Callable | None = None, progress: bool =
         announce("\n".join(f"{name:18}{value}" for name, value in about.items()))
     with jax.set_mesh(mesh):
       watchers.spent.phase(goodput.PREPARATION)
-      parts = prepare(config, workdir, mesh, progress, watchers.dog.at)
-      claim(config, workdir, write=True)
-      done = _train(config, workdir, mesh, parts, watchers, evaluate, progress, announce)
+      # Only _train holds the parts, so that it can let go of the first parameters.
+      done = _train(config, workdir, mesh, prepare(config, workdir, mesh, progress, watchers.dog.at),
+                    watchers, evaluate, progress, announce)
     if jax.process_index() == 0:
       write_json(finished, done)
   return Run(workdir / "model", done["step"], done["extended"])
@@ -118,6 +119,7 @@ def train(config, workdir, *, evaluate: Callable | None = None, progress: bool =
 def _train(config, workdir: Path, mesh, parts: Parts, watchers: Watchers, evaluate, progress: bool,
            announce) -> dict:
   """The loop; returns what done.json says."""
+  claim(config, workdir, write=True)
   stop, dog, spent = watchers
   restarts = count_start(workdir)
   is_extended = False
@@ -128,15 +130,19 @@ def _train(config, workdir: Path, mesh, parts: Parts, watchers: Watchers, evalua
     # --- resume, or start ---
     dog.at("restore", 0)
     spent.phase(goodput.RESTORE)
-    state = {**jax.jit(lambda p: step.init_state(p, parts.tx))(parts.params), "frozen": parts.frozen}
+    first = jax.jit(lambda params: step.init_state(params, parts.tx), donate_argnums=0)
+    target = jax.eval_shape(first, parts.params) | {"frozen": jax.eval_shape(lambda tree: tree, parts.frozen)}
     if announce:
-      parameter_table.announce(state, mesh, workdir, announce)
-    found = saver.restore_latest(state, mesh)
-    extra = {"extended": False, "examples": "", "evaluation_left": False}
-    if found is not None:
-      state, extra = found
+      parameter_table.announce(target, mesh, workdir, announce)
+    if saver.is_empty():
+      state = first(parts.params) | {"frozen": parts.frozen}
+      extra = {"extended": False, "examples": "", "evaluation_left": False}
+      parts = parts._replace(params=None, frozen=None)
+    else:
+      parts = parts._replace(params=None, frozen=None)  # before, so that there is room for the restored
+      state, extra = saver.restore_latest(target, mesh)
       if jax.process_index() == 0 and (progress or saver.set_aside):
-        print(f"lskd: {saver.report}", file=sys.stderr)
+        errors.say(f"lskd: {saver.report}")
       if extra["extended"]:
         is_extended, config, parts = True, *extended(config, parts)
     frozen = state.pop("frozen")
@@ -181,9 +187,11 @@ def _train(config, workdir: Path, mesh, parts: Parts, watchers: Watchers, evalua
             measured, left = _evaluate(parts, evaluate, state["params"], frozen, now, watchers, progress)
           dog.at("log", now)
           writer.write(now, measured)
+          if now == start and measured and config.train.keep_best:  # its checkpoint is older than they are
+            saver.add_metrics(now, measured)
           bar.set_postfix({name: f"{value:.3f}" for name, value in measured.items()
                            if name == "held_out_loss" or not name.startswith("held_out_")})
-          if needs_more(config, measured, now, is_extended):
+          if not is_extended and needs_more(config, measured, now):
             is_extended, config, parts = True, *extended(config, parts)
             steps, compiled = config.optim.steps, False
             bar.total = steps
@@ -200,6 +208,7 @@ def _train(config, workdir: Path, mesh, parts: Parts, watchers: Watchers, evalua
               saver.wait()
               raise preemption.Preempted
         if now == steps:
+          guard.look()
           break
         # next batch
         dog.at("data", now)
@@ -292,10 +301,3 @@ class SaveTimer:
       self._warned = True
       log.warning("a save takes %.0f s, and a preemption leaves train.grace=%g: it would lose up to "
                   "train.save_every steps", seconds, self._grace)
-
-
-def needs_more(config, measured: dict, now: int, extended: bool) -> bool:
-  """Whether a run that is half done has not left chance, and so is to be extended."""
-  guard = config.guard
-  return (not extended and guard.metric in measured and now >= guard.at * config.optim.steps
-          and now < config.optim.steps and measured[guard.metric] < guard.below)

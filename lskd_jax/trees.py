@@ -188,6 +188,12 @@ def check_values(manifest: dict[str, dict], named: dict[str, object], where) -> 
 # --- one tree in one folder ----------------------------------------------------------------------
 
 
+def mesh_shape(named: dict[str, object]) -> dict[str, int]:
+  """The mesh that the leaves are on; {} if they are on none."""
+  meshes = (getattr(getattr(leaf, "sharding", None), "mesh", None) for leaf in named.values())
+  return next((dict(mesh.shape) for mesh in meshes if mesh is not None), {})
+
+
 def default_mesh():
   """The mesh of `jax.set_mesh`, or None."""
   mesh = jax.sharding.get_mesh()

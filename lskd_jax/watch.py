@@ -8,10 +8,11 @@ import sys
 import time
 from typing import NamedTuple
 
+from ml_collections import ConfigDict
 import plotext
 
 from data_pipeline.records import DataError
-from lskd_jax import committed, goodput
+from lskd_jax import committed, goodput, guard
 from lskd_jax.metrics import read_metrics
 
 SILENT = 300.0  # seconds without a sign of life that are worth a word
@@ -42,13 +43,21 @@ def read(workdir) -> State:
   if config is None:
     raise DataError(f"{workdir}: no run was started here; give the --workdir of lskd train")
   done = _json(workdir / "done.json")
-  total = done["step"] if done else config.get("optim", {}).get("steps")
   saved = workdir / "checkpoints"
   steps = committed.steps(saved) if saved.exists() else []
   lines = read_metrics(workdir / "metrics.jsonl")
+  total = done["step"] if done else planned_steps(config, lines)
   curves = [name for name in ("loss", "held_out_loss", config.get("guard", {}).get("metric"))
             if any(name in line for line in lines)]
   return State(lines, curves, total, max(steps, default=None), goodput.summary(workdir), done)
+
+
+def planned_steps(config: dict, lines: list[dict]) -> int | None:
+  """How many steps the run is to take: more than its config says once it was extended."""
+  if "steps" not in config.get("optim", {}):
+    return None
+  config = ConfigDict(config)
+  return config.optim.steps if guard.extended_after(config, lines) is None else guard.extended_steps(config)
 
 
 def screen(workdir, now: float, width: int = 100, names: tuple[str, ...] = ()) -> str:

@@ -9,21 +9,22 @@ A process whose thread no longer writes is lost. Collectives say so at once, but
 of a save: these wait until a heartbeat is late by 100 s.
 """
 import collections
+import contextlib
 import faulthandler
 import json
 import math
 from pathlib import Path
-import signal
 import statistics
 import sys
 import threading
 import time
 
-from lskd_jax import exit_codes, peers
+from lskd_jax import errors, exit_codes, peers
 
 LOOK_EVERY = 1.0  # seconds
 FAREWELL = 2.0  # seconds between telling the others and ending, so that they dump their stacks too
 SILENT = 30  # looks without a sign of life: the process is gone. Looks, since a suspended machine has none
+SUSPENDED = 5.0  # seconds by which a look is late when the process or the machine has slept in between
 LEFT = 5  # looks after a process ended with an error, in which the others may meet the same one
 # Compiling takes what it takes, and the others wait for it.
 WAITED_FOR = ("start", "restore", "compile", "evaluate")
@@ -52,6 +53,7 @@ class Watchdog:
     self._steps = collections.deque(maxlen=64)  # seconds of the last steps
     self._where = {"step": 0, "phase": "start", "time": clock()}
     self._step_began = None
+    self._slept = []  # (end, seconds) of each time the process was suspended
     self._signs = {}  # {(kind, process): (last sign, looks since it changed)}
     self._closed = threading.Event()
     self._thread = threading.Thread(target=self._watch, daemon=True, name="watchdog")
@@ -78,8 +80,6 @@ class Watchdog:
     return max(self._hang_after, 10 * statistics.median(self._steps or [0.0]))
 
   def __enter__(self):
-    if threading.current_thread() is threading.main_thread():
-      faulthandler.register(signal.SIGUSR1, file=sys.__stderr__, all_threads=True)  # stacks on demand
     self._thread.start()
     return self
 
@@ -88,11 +88,24 @@ class Watchdog:
     self._thread.join(timeout=5)
 
   def _watch(self) -> None:
-    while not self._closed.wait(LOOK_EVERY):
+    while True:
+      before = self._clock()
+      if self._closed.wait(LOOK_EVERY):
+        return
+      if self._clock() - before > LOOK_EVERY + SUSPENDED:
+        self.slept(self._clock() - before)
       try:
         self.look()
       except Exception:  # the store is gone, and so is process 0: its loss ends us elsewhere
         continue
+
+  def slept(self, seconds: float) -> None:
+    """The process was suspended for so long, until now; no phase took that time."""
+    self._slept.append((self._clock(), seconds))
+
+  def _spent(self, where: dict) -> float:
+    """Seconds in the phase of `where`."""
+    return self._clock() - where["time"] - sum(seconds for end, seconds in self._slept if end > where["time"])
 
   def look(self) -> None:
     """Writes our line on the board, and ends the process if it or another one is stuck or lost."""
@@ -104,7 +117,7 @@ class Watchdog:
       self._end(exit_codes.STUCK, min(stuck.items())[1])
     elif lost:
       self._end(exit_codes.PEER_LOST, lost)
-    elif self._clock() - where["time"] > self.limit(where["phase"]):
+    elif self._spent(where) > self.limit(where["phase"]):
       busy = any(line["phase"] in WAITED_FOR and self._clock() - line["time"] <= self._compile_limit
                  and self._signs["board", i][1] <= SILENT for i, line in board.items())
       if not busy:
@@ -139,8 +152,9 @@ class Watchdog:
   def _end(self, code: int, verdict: str) -> None:
     index = self._store.index
     with peers.deciding:  # others may see in the meantime that a peer which is as stuck has ended
-      print(f"lskd: process {index}: {verdict}; exit code {code}", file=sys.stderr, flush=True)
-      faulthandler.dump_traceback(sys.__stderr__, all_threads=True)
+      errors.say(f"lskd: process {index}: {verdict}; exit code {code}")
+      with contextlib.suppress(OSError, ValueError):
+        faulthandler.dump_traceback(sys.__stderr__, all_threads=True)
       try:
         with (self._workdir / f"stacks-{index}.txt").open("w") as file:
           faulthandler.dump_traceback(file, all_threads=True)

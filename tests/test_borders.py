@@ -18,7 +18,7 @@ LONGEST_FILE = 400  # lines: what can be read in one sitting
 ORDER = [
     ["lskd_jax.exit_codes", "lskd_jax.errors", "lskd_jax.peers"],  # how a process ends; without jax
     ["lskd_jax.agreement", "lskd_jax.streams", "lskd_jax.trees", "lskd_jax.committed", "lskd_jax.frozen",
-     "lskd_jax.checkpoint", "lskd_jax.optim",
+     "lskd_jax.checkpoint", "lskd_jax.optim", "lskd_jax.guard", "lskd_jax.tensorboard",
      "lskd_jax.metrics", "lskd_jax.goodput", "lskd_jax.profiles"],  # the leaves
     ["lskd_jax.parallel"],
     ["lskd_jax.models.layers"],

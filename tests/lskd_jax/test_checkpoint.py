@@ -103,6 +103,17 @@ def test_the_best_are_kept_beside_the_newest(tmp_path):
   assert steps_in(tmp_path) == [6, 7]
 
 
+def test_a_metric_that_is_known_after_the_save_counts(tmp_path):
+  with Checkpointer(tmp_path, keep=1, keep_best=1, best_metric="right") as checkpoints:
+    assert checkpoints.is_empty()
+    checkpoints.save(1, {"a": jnp.zeros(1)})
+    checkpoints.add_metrics(1, {"right": 0.9})
+    for step in (2, 3):
+      checkpoints.save(step, {"a": jnp.zeros(1)}, metrics={"right": 0.5})
+    assert not checkpoints.is_empty()
+  assert steps_in(tmp_path) == [1, 3]
+
+
 def test_the_best_by_no_metric_is_refused(tmp_path):
   with pytest.raises(CheckpointError, match="keep_best=1 needs the name of a metric"):
     Checkpointer(tmp_path, keep_best=1)

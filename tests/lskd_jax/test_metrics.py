@@ -1,4 +1,5 @@
 """The metrics file over restarts, throughput with a clock we set, and FLOPs counted by hand."""
+import errno
 import json
 import math
 from types import SimpleNamespace
@@ -7,6 +8,7 @@ import jax
 from jax.experimental import pallas as pl
 import jax.numpy as jnp
 import pytest
+from tensorboardX.event_file_writer import EventsWriter
 from tensorboardX.proto import event_pb2  # the format of TensorBoard's files
 
 from lskd_jax.metrics import MetricWriter, Throughput, peak_flops, read_metrics, step_flops
@@ -92,18 +94,36 @@ def test_transfers_are_explicit(tmp_path):
   assert lines(tmp_path) == [{"step": 1, "loss": 2.0}]
 
 
-def test_tensorboard_gets_the_same_values(tmp_path):
-  with MetricWriter(tmp_path) as writer:
-    writer.write(7, {"loss": jnp.float32(0.5)})
+def on_the_board(folder):
+  """What TensorBoard's files hold: (step, name, value)."""
   found = []
-  for path in (tmp_path / "tensorboard").iterdir():
+  for path in (folder / "tensorboard").iterdir():
     data = path.read_bytes()
     while data:  # a record: length (8 bytes), checksum (4), an Event, checksum (4)
       length = int.from_bytes(data[:8], "little")
       event = event_pb2.Event.FromString(data[12:12 + length])
       found += [(event.step, value.tag, value.simple_value) for value in event.summary.value]
       data = data[16 + length:]
-  assert found == [(7, "loss", 0.5)]
+  return found
+
+
+def test_tensorboard_gets_the_same_values_as_soon_as_they_are_flushed(tmp_path):
+  with MetricWriter(tmp_path) as writer:
+    writer.write(7, {"loss": jnp.float32(0.5)})
+    writer.flush()
+    assert on_the_board(tmp_path) == [(7, "loss", 0.5)]  # also if the process is killed now
+
+
+def test_a_disk_that_cannot_take_the_board_is_one_warning(tmp_path, monkeypatch, caplog):
+  def full(self, event):
+    raise OSError(errno.ENOSPC, "No space left on device")
+  with MetricWriter(tmp_path) as writer:
+    monkeypatch.setattr(EventsWriter, "write_event", full)
+    for step in range(20):
+      writer.write(step, {"loss": 0.5})
+  assert len(lines(tmp_path)) == 20
+  assert [record.message for record in caplog.records] == [
+      "no more TensorBoard: [Errno 28] No space left on device"]
 
 
 # --- throughput ----------------------------------------------------------------------------------

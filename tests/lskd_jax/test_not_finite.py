@@ -46,6 +46,14 @@ def test_the_run_stops_with_its_own_exit_code_and_says_how_to_look_into_it(broke
   assert error.exit_code == exit_codes.NOT_FINITE == 3
 
 
+def test_the_last_step_of_a_run_counts_too(broken, tmp_path):
+  config = broken[0].copy_and_resolve_references()
+  config.optim.steps = 4
+  with pytest.raises(NotFiniteError, match="the last of them step 4"):
+    train(config, tmp_path / "run", progress=False)
+  assert not (tmp_path / "run" / "model").exists()
+
+
 def test_the_batch_of_the_last_skipped_step_is_kept_with_its_facts(broken):
   config, workdir, _ = broken
   corpus = open_corpus(config.data.corpus, config.data.image_root)

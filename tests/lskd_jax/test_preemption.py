@@ -247,6 +247,27 @@ def test_sigterm_before_training_ends_with_43_also_when_it_comes_twice(tmp_path)
   assert "SIGTERM: there is nothing to save yet" in said
 
 
+def test_a_standard_error_that_nobody_reads_does_not_keep_a_run_from_saving(tmp_path):
+  """As after a lost connection: the pipe is broken when the processes agree on a step."""
+  script = ("import os, signal, sys, time\nfrom lskd_jax import preemption\n"
+            "read, write = os.pipe()\nos.dup2(write, 2)\nos.close(read)\n"
+            f"stop = preemption.install()\nstop.connect({str(tmp_path)!r}, 25)\nstop.ready(1)\n"
+            "os.kill(os.getpid(), signal.SIGTERM)\nstep = 1\n"
+            "while stop.at_boundary(step) != 'stop':\n  step += 1\n  time.sleep(0.01)\n"
+            "raise preemption.Preempted")
+  assert subprocess.run([sys.executable, "-c", script], timeout=60).returncode == PREEMPTED_SAVED
+
+
+@pytest.mark.parametrize("number", [signal.SIGUSR1, signal.SIGUSR2])
+def test_a_question_to_a_process_that_is_not_in_its_loop_does_not_end_it(number):
+  """SIGUSR1 asks for stacks, SIGUSR2 for a profile, of steps that there are not yet."""
+  script = ("import os\nfrom lskd_jax import preemption\npreemption.install()\n"
+            f"def waiting_here():\n  os.kill(os.getpid(), {number})\nwaiting_here()\nprint('done')")
+  child = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=60)
+  assert (child.returncode, child.stdout) == (0, "done\n")
+  assert ("in waiting_here" in child.stderr) == (number == signal.SIGUSR1)
+
+
 def test_the_exit_code_of_a_saved_preemption_is_42():
   assert preemption.Preempted().code == PREEMPTED_SAVED
 

@@ -70,13 +70,15 @@ def test_each_failure_in_a_row_waits_twice_as_long_up_to_a_limit():
   assert delays == [1, 2, 4, 64]
 
 
-def test_the_durable_step_is_the_newest_with_a_marker(tmp_path):
+def test_the_durable_step_is_the_newest_with_a_marker(tmp_path, monkeypatch):
   assert durable_step(tmp_path) is None
   for step, name in ((9, "COMMITTED.json"), (40, "COMMITTED.json"), (60, "state")):
     folder = tmp_path / "checkpoints" / str(step)
     folder.mkdir(parents=True)
     (folder / name).touch()
   assert durable_step(tmp_path) == 40
+  monkeypatch.chdir(tmp_path)
+  assert durable_step(".") == 40
   assert newest_step(["gs://b/run/checkpoints/7/COMMITTED.json", "gs://b/run/model/"]) == 7
 
 
@@ -208,7 +210,8 @@ def supervisor(tmp_path):
   yield start
   for process in started:
     process.kill()
-    process.communicate()
+    process.wait()
+    process.stderr.close()
 
 
 def wait_for(happened, seconds=30):
@@ -218,7 +221,7 @@ def wait_for(happened, seconds=30):
     time.sleep(0.01)
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
 def test_a_signal_lets_all_processes_save_and_is_not_answered_by_a_restart(supervisor, tmp_path, number):
   process = supervisor(SAVES)
   process.send_signal(number)
@@ -226,6 +229,14 @@ def test_a_signal_lets_all_processes_save_and_is_not_answered_by_a_restart(super
   assert process.returncode == 42 and durable_step(tmp_path) == 0
   assert turns(tmp_path, 0) == turns(tmp_path, 1) == 1
   assert f"stopped by {number.name}: ends with 42 (preempted, saved)" in events
+
+
+def test_a_closed_terminal_lets_all_processes_save(supervisor, tmp_path):
+  """Nobody reads standard error any more, and SIGHUP comes."""
+  process = supervisor(SAVES)
+  process.stderr.close()
+  process.send_signal(signal.SIGHUP)
+  assert process.wait(timeout=30) == 42 and durable_step(tmp_path) == 0
 
 
 def test_a_second_signal_kills(supervisor, tmp_path):

@@ -3,6 +3,7 @@
 One corpus of eight scenes and a chain of runs of a few steps, as a user would make them: a ViT on
 words (extended by the guard), a student that starts from it, a critic that starts from the student.
 """
+import gc
 import json
 
 import jax
@@ -15,10 +16,12 @@ from data_pipeline.records import DataError
 from data_pipeline.tokenizer import load_tokenizer
 from lskd_jax import checkpoint, parallel
 from lskd_jax.evaluate.candidates import Scorer
+from lskd_jax.guard import needs_more
 from lskd_jax.metrics import read_metrics
 from lskd_jax.models import build
 from lskd_jax.prepare import first_difference, sized
-from lskd_jax.train import Run, needs_more, train
+from lskd_jax.replay import reproduce_step
+from lskd_jax.train import Run, train
 from lskd_jax.trees import named_leaves, read_manifest
 
 RATES = {"steps_per_second", "images_per_second", "statements_per_second", "data_wait_share",
@@ -174,20 +177,19 @@ def test_an_extended_run_that_is_killed_keeps_its_length_and_goes_on_bit_for_bit
   assert_same_run(workdir, words)
 
 
-@pytest.mark.parametrize("now,found,extended,more", [
-    (2, 0.31, False, True),    # half done and at chance
-    (3, 0.31, False, True),    # at a later look, too
-    (2, 0.32, False, False),   # has left chance
-    (1, 0.31, False, False),   # too early to say
-    (4, 0.31, False, False),   # done
-    (2, 0.31, True, False),    # only once
+@pytest.mark.parametrize("now,found,more", [
+    (2, 0.31, True),    # half done and at chance
+    (3, 0.31, True),    # at a later look, too
+    (2, 0.32, False),   # has left chance
+    (1, 0.31, False),   # too early to say
+    (4, 0.31, False),   # done
 ])
-def test_which_runs_are_extended(now, found, extended, more):
+def test_which_runs_are_extended(now, found, more):
   config = scenes.get_config()
   config.optim.steps = 4
   config.guard.update(metric="dev_q_a", at=0.5, below=0.32, factor=2.0)
-  assert needs_more(config, {"dev_q_a": found}, now, extended) == more
-  assert not needs_more(config, {"another metric": 0.0}, now, extended)
+  assert needs_more(config, {"dev_q_a": found}, now) == more
+  assert not needs_more(config, {"another metric": 0.0}, now)
 
 
 # --- a student: resuming, and what it leaves -----------------------------------------------------
@@ -245,16 +247,35 @@ def test_first_difference_names_a_key_that_only_one_has():
   assert first_difference({"a": {}}, {"a": {"new": 0}}) == "config.a.new"
 
 
-def test_a_mistyped_corpus_claims_nothing(folder, tmp_path):
+@pytest.mark.parametrize("key", ["corpus", "image_root"])
+def test_a_mistyped_path_claims_nothing(folder, tmp_path, key):
   config = words_config(folder)
-  config.data.corpus = str(folder / "taugth")
-  with pytest.raises(DataError, match="taugth"):
+  config.data[key] = str(folder / "mistyped")
+  with pytest.raises(DataError, match="mistyped"):
     run(config, tmp_path / "run", at_chance)
-  assert not (tmp_path / "run" / "config.json").exists()
+  assert not (tmp_path / "run").exists()
+
+
+def test_a_refused_config_leaves_no_tokenizer_to_another(folder, tmp_path, words):
+  refused = words_config(folder)
+  refused.data.update(vocabulary=150, text_tokens=1000)
+  with pytest.raises(DataError, match="data.text_tokens=1000"):
+    run(refused, tmp_path, at_chance)
+  run(words_config(folder), tmp_path, at_chance)
+  assert_same_run(tmp_path, words)
+
+
+def test_a_step_after_an_extension_again_from_before_it(folder, words):
+  """The learning rate of the steps before it was that of the short run."""
+  found = reproduce_step(words_config(folder), words, 4, progress=False)
+  assert (found.start, found.differences()) == (0, []) and found.logged
 
 
 @pytest.mark.parametrize("group,key,value,error", [
     ("optim", "warmup_steps", 4, "warmup_steps=4 must be at least 0 and less than steps=4"),
+    ("train", "log_every", 0, "train.log_every=0 must be at least 1"),
+    ("train", "max_skipped", 0, "train.max_skipped=0 must be at least 1"),
+    ("train", "keep_best", 1, "keep_best=1 needs the name of a metric"),
     ("data", "batch_size", 3, "data.batch_size=3: the mesh splits batches over 2 groups of devices")])
 def test_a_config_that_cannot_be_run_leaves_no_folder(folder, tmp_path, group, key, value, error):
   config = words_config(folder)
@@ -263,6 +284,35 @@ def test_a_config_that_cannot_be_run_leaves_no_folder(folder, tmp_path, group, k
   with pytest.raises(ValueError, match=error):
     run(config, tmp_path / "run", at_chance)
   assert not (tmp_path / "run").exists()
+
+
+def bytes_in_use():
+  """The bytes of all arrays on devices, those that share memory counted once."""
+  gc.collect()
+  arrays = (array for array in jax.live_arrays() if not jax.dtypes.issubdtype(array.dtype, jax.dtypes.prng_key))
+  shards = (shard.data for array in arrays for shard in array.addressable_shards)
+  return sum({shard.unsafe_buffer_pointer(): shard.nbytes for shard in shards}.values())
+
+
+def test_a_resumed_run_holds_its_state_once(folder, words, tmp_path):
+  """What it was made with is gone when the checkpoint is there."""
+  before, used = bytes_in_use(), {}
+
+  def look(graph, state, step):
+    used[step] = bytes_in_use() - before
+    if step == 2 and "killed" not in used:
+      used["killed"] = True
+      raise KilledError
+    return {}
+
+  config = student_config(folder)
+  config.train.save_every = 1
+  with pytest.raises(KilledError):
+    run(config, tmp_path, look)
+  run(config, tmp_path, look)
+  state = sum(array.nbytes for array in parameters(tmp_path).values())
+  assert used[1] > state  # and the optimizer's
+  assert used[2] == pytest.approx(used[1], rel=0.01)
 
 
 def test_a_frozen_vit_stays_bit_for_bit_and_the_rest_learns(folder, words, student):

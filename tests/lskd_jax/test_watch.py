@@ -18,7 +18,8 @@ class Clock:
 def run(tmp_path):
   """A run of 100 steps after 40 of them, 2 s each, and its clock."""
   clock = Clock()
-  (tmp_path / "config.json").write_text(json.dumps({"optim": {"steps": 100}, "guard": {"metric": "dev"}}))
+  (tmp_path / "config.json").write_text(json.dumps(
+      {"optim": {"steps": 100}, "guard": {"metric": "dev", "at": 0.5, "below": 0.3, "factor": 2.0}}))
   log = goodput.Log(tmp_path, clock=clock)
   for phase in (goodput.PREPARATION, goodput.STARTUP, goodput.STEP):
     clock.now += 5
@@ -51,6 +52,13 @@ def test_a_running_run(run):
   assert "goodput 83.9% of 1 min 33 s since the first of 1 start" in text and "PROGRAM_STARTUP" in text
   assert "time: step 90.0% · data_wait 10.0% · evaluation 0.0% · save 0.0%" in text
   assert "loss 0.2 · steps_per_second 0.5 · skipped_steps 1 · dev 0.25" in text
+
+
+def test_a_run_that_was_extended_has_more_steps(run):
+  workdir, clock = run
+  with (workdir / "metrics.jsonl").open("a") as file:
+    file.write(json.dumps({"step": 50, "dev": 0.29}) + "\n")
+  assert "step 50 of 200 (25%)" in watch.screen(workdir, clock.now)
 
 
 def test_a_silent_run_is_called_silent(run):
