@@ -135,6 +135,8 @@ def judge(args) -> None:
 
   from data_pipeline import judge
   from data_pipeline.records import DataError
+  if args.out.suffix == ".csv" and not args.sheet:
+    raise DataError(f"--out {args.out}: judgements are written as .jsonl; .csv is for --sheet")
   records = list(stages.read_records(args.corpus))
   with folders.new_file(args.out) as draft:
     if args.sheet:
@@ -178,7 +180,9 @@ def filter_(args) -> None:
                     args.min_score)
   summary = filtering.filter_corpus(args.corpus, args.out)
   folders.note_images(args.out, folders.image_root(args.corpus, needed=False))
-  if cut is not None:
+  if cut is None:
+    (args.out / folders.CUT).unlink(missing_ok=True)  # of an earlier call
+  else:
     stages.write_json(args.out / folders.CUT, cut)
   folders.say_what_came(summary, args.out, f"lskd corpus build --corpus {args.out} --out DIR",
                         f"lskd corpus report --corpus {args.out} --out FILE.html")

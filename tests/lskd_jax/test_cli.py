@@ -191,6 +191,13 @@ def test_judgements_are_never_overwritten(road, capsys):
   assert os.listdir(sheet.parent) == ["sheet.csv"]
 
 
+def test_judgements_are_not_written_as_csv(road, capsys):
+  words = ["corpus", "judge", "--corpus", road / "taught", "--out", road / "judged.csv"]
+  assert cli.main(list(map(str, words))) == 1
+  assert f"--out {road / 'judged.csv'}: judgements are written as .jsonl" in capsys.readouterr().err
+  assert not (road / "judged.csv").exists()
+
+
 def test_scores_come_from_the_judgements(road, scored, capsys):
   capsys.readouterr()
   lskd("corpus", "score", "--corpus", road / "taught", "--model", road / "model",
@@ -229,13 +236,14 @@ def test_from_scores_to_a_published_dataset(road, scored, capsys):
   assert len(open_corpus(published)) == 8
 
 
-@pytest.mark.parametrize("words,said", [
-  (["--min-score", 0.0], "cut: 0.0000 (given) keeps 64 of 64 statements"),
-  ([], "no cut: give --judgements or --min-score"),
-])
-def test_a_cut_can_be_given_or_left_out(road, scored, tmp_path, capsys, words, said):
-  lskd("corpus", "filter", "--corpus", scored, "--out", tmp_path / "filtered", *words)
-  assert said in capsys.readouterr().out
+def test_a_cut_can_be_given_and_left_out_again(road, scored, tmp_path, capsys):
+  out = tmp_path / "filtered"
+  lskd("corpus", "filter", "--corpus", scored, "--out", out, "--min-score", 0.0)
+  assert "cut: 0.0000 (given) keeps 64 of 64 statements" in capsys.readouterr().out
+  assert json.loads((out / "cut.json").read_text())["cut"] == 0
+  lskd("corpus", "filter", "--corpus", scored, "--out", out)
+  assert "no cut: give --judgements or --min-score" in capsys.readouterr().out
+  assert not (out / "cut.json").exists()
 
 
 def test_a_benchmark_leaves_metrics_and_predictions(road, capsys):
