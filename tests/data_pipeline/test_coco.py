@@ -181,6 +181,7 @@ def without(key, *path):
     (content(annotation(1, [0, 0, 2, 2], category_id=4)), "category_id 4 is not in"),
     (content(annotation("x", [0, 0, 2, 2])), r"annotations\[0\]: key 'id' is 'x'"),
     (content() | {"images": [content()["images"][0]] * 2}, "image id 7 is used twice"),
+    (content() | {"images": [content()["images"][0] | {"id": -1}]}, "image id -1 is negative"),
     (content() | {"images": [3]}, r"images\[0\]: expected an object"),
   ],
 )

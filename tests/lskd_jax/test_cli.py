@@ -70,6 +70,10 @@ def test_help_is_quick_and_leaves_jax_alone():
   [], ["corpus"], ["paint"], ["corpus", "teach"], ["score", "--region", "1,2,3"],
   ["corpus", "verbalize", "--source", "scenes", "--out", "x", "--count", "0"],
   ["corpus", "verbalize", "--source", "coco", "--out", "x"],
+  "corpus verbalize --source coco --annotations a --images b --out x --count 5".split(),
+  "corpus verbalize --source scenes --images b --out x".split(),
+  "corpus filter --corpus x --out y --min-score nan".split(),
+  "corpus publish --corpus x --out y --threshold inf".split(),
   ["demo", "--config.optim.steps=2"], ["train", "--config", "a", "--workdir", "b", "--confi.x=1"],
 ])
 def test_wrong_usage_exits_with_two(words, capsys):
