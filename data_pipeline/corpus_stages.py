@@ -71,9 +71,11 @@ def verbalize_photographs(
 
   Left out and listed with the reason in rejected-*.jsonl: images that are missing, damaged or of
   another size than the file says, and boxes without area or outside their image. The summary has
-  `crowds` too, the number of crowd annotations passed over. DataError when no image is left, as with
-  a wrong folder of images.
+  `crowds` too, the number of crowd annotations passed over. DataError when `images` is no folder, or
+  no image is left.
   """
+  if not Path(images).is_dir():
+    raise DataError(f"{images}: is not a folder; give the one with the photographs")
   rows = coco.load_coco(annotations, captions)
 
   def work(row: dict) -> list:

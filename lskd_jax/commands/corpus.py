@@ -170,6 +170,7 @@ def score(args) -> None:
   from lskd_jax import scoring
   root = folders.image_root(args.corpus, args.images)
   scored = scoring.score_stages(args.corpus, root, args.model, args.out, args.judgements)
+  stages.open_shards(args.out)  # says so if there is nothing
   folders.note_images(args.out, root)
   folders.say_what_came(scored.summary, args.out, f"lskd corpus filter --corpus {args.out} "
                         f"--judgements {args.judgements or 'FILE'} --out DIR")

@@ -210,8 +210,13 @@ def test_real_photographs(tmp_path):
     assert record.extra["licence"] and all(region.label for region in record.regions)
 
 
-def test_a_wrong_image_folder_is_an_error_and_not_an_empty_import(folder):
+def test_after_a_wrong_image_folder_the_right_one_is_read(folder):
+  instances, out = write(folder, content()), folder / "out"
+  with pytest.raises(DataError, match="nowhere: is not a folder"):
+    verbalize_photographs(instances, folder / "nowhere", out, progress=False)
+  (folder / "wrong").mkdir()
   with pytest.raises(DataError, match=r"holds no records \(2 rejected\)"):
-    verbalize_photographs(
-      write(folder, content()), folder / "nowhere", folder / "out", progress=False
-    )
+    verbalize_photographs(instances, folder / "wrong", out, progress=False)
+  assert len(reasons(folder)) == 2
+  assert verbalize_photographs(instances, folder, out, progress=False)["records"] == 2
+  assert len(list(stages.read_records(out))) == 2 and reasons(folder) == []

@@ -212,6 +212,16 @@ def test_scores_come_from_the_judgements(road, scored, capsys):
   assert json.loads((scored / "critic.json").read_text())["judgements"] == 32
 
 
+def test_a_critic_that_saw_no_picture_is_an_error_that_can_be_mended(road, tmp_path, capsys):
+  (tmp_path / "empty").mkdir()
+  words = ["corpus", "score", "--corpus", road / "taught", "--out", tmp_path / "out",
+           "--model", make_model(tmp_path / "critic", "critic")]
+  assert cli.main([*map(str, words), "--images", str(tmp_path / "empty")]) == 1
+  assert f"{tmp_path / 'out'}: holds no records (8 rejected)" in capsys.readouterr().err
+  lskd(*words)
+  assert all(s.score is not None for r in stages.read_records(tmp_path / "out") for s in r.statements)
+
+
 def test_from_scores_to_a_published_dataset(road, scored, capsys):
   capsys.readouterr()
   lskd("corpus", "filter", "--corpus", scored, "--judgements", road / "judged.jsonl",
