@@ -92,13 +92,23 @@ def verbalize_photographs(
 def teach_corpus(
   source: Path | str, out: Path | str, per_image: int = 8, seed: int = 0, progress: bool = True
 ) -> dict:
-  """The template teacher writes up to `per_image` statements for every verbalized image."""
+  """The template teacher writes up to `per_image` statements for every verbalized image.
+
+  DataError when it has nothing to say about any of them.
+  """
   options = {"teacher": "template", "per_image": per_image, "seed": seed}
 
   def work(record: ImageRecord) -> ImageRecord:
     return teach.teach_record(record, seed, per_image)
 
-  return stages.run_stage("teach", stages.open_shards(source), work, out, options, progress)
+  summary = stages.run_stage("teach", stages.open_shards(source), work, out, options, progress)
+  if not summary["statements"]:
+    labels = sorted({region.label for r in stages.read_records(out) for region in r.regions})
+    raise DataError(
+      f"{source}: the template teacher has nothing to say about regions labelled {labels[:8]}; it "
+      "knows drawn scenes, the things of COCO's categories, and people beside these"
+    )
+  return summary
 
 
 def score_corpus(

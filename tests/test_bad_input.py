@@ -76,8 +76,8 @@ def folder(tmp_path):
 
 def record(image="good.jpg", text="what is [0]?", box=(4.0, 4.0, 30.0, 30.0), width=64, height=48,
            image_id=0):
-  statement = Statement(f"{image_id}-0", text, "a person", "it stands there", "v1")
-  return ImageRecord(image, image_id, width, height, (Region(0, box, "person"),), (statement,))
+  statement = Statement(f"{image_id}-0", text, "a dog", "it stands there", "v1")
+  return ImageRecord(image, image_id, width, height, (Region(0, box, "dog"),), (statement,))
 
 
 def stage(out, *records, shards=1):
@@ -213,6 +213,16 @@ def test_an_empty_corpus(folder, refused):
     line = refused("corpus", verb, "--corpus", folder / "empty", "--out", folder / "out")
     assert f"{folder / 'empty'}: holds no records (0 rejected)" in line
   assert not (folder / "out").exists()
+
+
+def test_a_corpus_without_statements(folder, refused):
+  unknown = Region(0, (4.0, 4.0, 30.0, 30.0), "zeppelin")
+  bare = ImageRecord("good.jpg", 0, 64, 48, (unknown,))
+  source = stage(folder / "words", verbalize.verbalize(bare))
+  line = refused("corpus", "teach", "--corpus", source, "--out", folder / "taught")
+  assert f"{source}: the template teacher has nothing to say about regions labelled ['zeppelin']" in line
+  line = refused("corpus", "judge", "--corpus", source, "--sheet", "--out", folder / "sheet.csv")
+  assert line == f"{source}: has no statements; run `lskd corpus teach` first"
 
 
 def test_a_stage_that_left_nothing(folder, refused):

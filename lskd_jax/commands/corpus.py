@@ -142,6 +142,8 @@ def judge(args) -> None:
   if args.out.suffix == ".csv" and not args.sheet:
     raise DataError(f"--out {args.out}: judgements are written as .jsonl; .csv is for --sheet")
   records = list(stages.read_records(args.corpus))
+  if not any(record.statements for record in records):
+    raise DataError(f"{args.corpus}: has no statements; run `lskd corpus teach` first")
   with folders.new_file(args.out) as draft:
     if args.sheet:
       written = judge.write_sheet(records, args.share, draft, args.seed)
