@@ -15,7 +15,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from data_pipeline import stages, teach, verbalize
-from data_pipeline.records import DataError, ImageRecord
+from data_pipeline.records import DataError, ImageRecord, check_split
 from data_pipeline.sources import coco, scenes
 
 
@@ -35,6 +35,7 @@ def verbalize_scenes(
 
   exclude: scene keys that must not occur (`scenes.scene_key`), such as those of held-out pictures.
   """
+  check_split(split)
   out = Path(out)
   images, exclude = out / "images", frozenset(exclude)
 
@@ -74,6 +75,7 @@ def verbalize_photographs(
   `crowds` too, the number of crowd annotations passed over. DataError when `images` is no folder, or
   no image is left.
   """
+  check_split(split)
   if not Path(images).is_dir():
     raise DataError(f"{images}: is not a folder; give the one with the photographs")
   rows = coco.load_coco(annotations, captions)

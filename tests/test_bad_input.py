@@ -225,6 +225,13 @@ def test_a_corpus_without_statements(folder, refused):
   assert line == f"{source}: has no statements; run `lskd corpus teach` first"
 
 
+def test_a_split_that_no_dataset_can_have(folder, refused):
+  for source in (["scenes"], ["coco", "--annotations", "a.json", "--images", folder / "images"]):
+    line = refused("corpus", "verbalize", "--source", *source, "--split", "val-1", "--out", folder / "words")
+    assert line == "'val-1' cannot name a split; use letters, digits and '_', such as 'val_1'"
+  assert not (folder / "words").exists()
+
+
 def test_a_stage_that_left_nothing(folder, refused):
   content = {"images": [dict(id=0, file_name="missing.jpg", width=64, height=48)],
              "annotations": [], "categories": []}
