@@ -237,7 +237,7 @@ def _claim(out: Path, stage: dict) -> None:
     if key == "options" and isinstance(theirs, dict):
       keys = [k for k in {**theirs, **ours} if theirs.get(k) != ours.get(k)]
       theirs, ours = ({k: values.get(k) for k in keys} for values in (theirs, ours))
-    advice = "give another --out, or delete this folder"
+    advice = "give another --out, or delete the files in this folder; folders in it can stay"
     raise DataError(f"{out}: was made with {key} {theirs}, now asked for {ours}; {advice}")
 
 
