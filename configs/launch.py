@@ -23,7 +23,8 @@ def get_config() -> ConfigDict:
                                 # Kubernetes only
   config.runtime_version = ""   # "" = the one of the accelerator, see launch/accelerators.py
   config.nodes = 1              # slices, joined by the data centre's network
-  config.provisioning = "spot"  # spot | on-demand | reserved | flex-start
+  config.provisioning = "spot"  # spot | on-demand | reserved | flex-start; the last two not for `manifest`
+                                # and `skypilot`
   config.autocheckpoint = True  # SIGTERM before maintenance, where the accelerator has it (v2 to v4, v5e)
   config.wait_hours = 24.0      # how long a request may wait for machines before it is made anew
   config.source = "."           # the git checkout whose HEAD is shipped

@@ -33,7 +33,7 @@ def read_image(
   with _image_errors(path), Image.open(path) as image:
     _check_size(*image.size, max_pixels, path)
     image.load()
-    return _to_rgb(ImageOps.exif_transpose(image) if upright else image)
+    return to_rgb(ImageOps.exif_transpose(image) if upright else image)
 
 
 def decode(data: bytes, max_pixels: int = MAX_PIXELS, name: str = "image") -> np.ndarray:
@@ -52,7 +52,7 @@ def decode(data: bytes, max_pixels: int = MAX_PIXELS, name: str = "image") -> np
   with _image_errors(name), Image.open(io.BytesIO(data)) as image:
     _check_size(*image.size, max_pixels, name)
     image.load()
-    return np.asarray(_to_rgb(image))
+    return np.asarray(to_rgb(image))
 
 
 def resize(image: np.ndarray, size: int | tuple[int, int]) -> np.ndarray:
@@ -111,7 +111,8 @@ def _check_size(width: int, height: int, max_pixels: int, name: Path | str) -> N
     raise DataError(f"{name}: {limit}; shrink it first, or raise max_pixels")
 
 
-def _to_rgb(image: Image.Image) -> Image.Image:
+def to_rgb(image: Image.Image) -> Image.Image:
+  """A picture of any mode in RGB: transparent parts white, 16-bit grey by its upper bits."""
   if image.mode.startswith("I"):  # 16-bit grey: `convert` would clip it to white
     levels = np.asarray(image)
     levels = levels >> 8 if levels.max(initial=0) > 255 else levels

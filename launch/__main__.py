@@ -41,16 +41,17 @@ def read_arguments(argv: list[str]) -> Namespace:
   parser = ArgumentParser(prog="python -m launch", allow_abbrev=False, description=
                           "Runs training on TPU pods that can be taken away. See docs/launch.md.")
   verbs = parser.add_subparsers(metavar="VERB", required=True)
-  p = _add(verbs, "up", run_up, "start or look after a run until it is done", " --dry-run")
+  p = _add(verbs, "up", run_up, "start, look after or take up again a run until it is done", " --dry-run")
   p.add_argument("--dry-run", action="store_true", help="print the commands of a first pass; run nothing")
   p.add_argument("--backend", choices=["tpu-vm", "local"], default="tpu-vm",
                  help="local: processes on this machine, under the same policy")
-  p.add_argument("--workdir", help="local: instead of the command's")
+  p.add_argument("--workdir", help="with --backend local: instead of the command's")
   _add(verbs, "status", run_status, "show the machines, the run and what it has cost")
   p = _add(verbs, "logs", run_logs, "fetch the logs of all hosts, also while they are running")
   p.add_argument("--out", type=Path, metavar="DIR", help="instead of the folder of the state")
   p.add_argument("--tail", type=int, default=10, metavar="N", help="lines of the first host to print")
-  p = _add(verbs, "down", run_down, "delete the machines; checkpoints and logs stay", " --yes")
+  p = _add(verbs, "down", run_down, "delete the machines, forget the state; checkpoints and logs stay",
+           " --yes")
   p.add_argument("--yes", action="store_true", help="do not ask")
   for name, function, summary in (("manifest", run_manifest, "write a Kubernetes JobSet"),
                                   ("skypilot", run_skypilot, "write a SkyPilot task")):
@@ -89,6 +90,8 @@ def run_up(args) -> int:
       print(local.command(config, args.workdir))
       return 0
     return local.up(config, args.workdir)
+  if args.workdir:
+    raise DataError("--workdir is for --backend local; on machines it is part of the config's command")
   if args.dry_run:
     print("\n".join(rehearse(config)))
     return 0
@@ -131,20 +134,20 @@ def run_logs(args) -> int:
   folder = args.out or state_folder(config) / "logs"
   folder.mkdir(parents=True, exist_ok=True)
   _executor(config)(gcloud.logs(config, folder))
-  found = sorted(folder.glob("*/log-*.txt"), key=lambda path: (int(path.parent.name), path.name))
+  found = sorted(folder.glob("*/*/log-*.txt"), key=lambda path: (
+      path.parent.parent.name, int(path.parent.name), path.name))  # when it began, start, host
   if not found:
     print(f"no host has written a log yet ({folder})")
     return 0
   for path in found:
     print(path)
-  newest = found[-1].parent.name
-  first = next(path for path in found if path.parent.name == newest)
+  first = next(path for path in found if path.parent == found[-1].parent)
   print("\n".join(first.read_text(errors="replace").splitlines()[-args.tail:]))
   return 0
 
 
 def run_down(args) -> int:
-  """Deletes the machines and forgets what was done."""
+  """Deletes the machines and forgets what was done; checkpoints and logs stay."""
   config = configs.read(args.config, args.overrides, "tpu-vm")
   folder = state_folder(config)
   with locked(folder):
@@ -153,7 +156,10 @@ def run_down(args) -> int:
     if resource:
       if not args.yes:
         machines = f"{config.nodes} x {config.accelerator_type}"
-        answer = input(f"delete {config.name} ({resource}, {machines})? [y/N] ")
+        try:
+          answer = input(f"delete {config.name} ({resource}, {machines})? [y/N] ")
+        except EOFError:
+          raise DataError("nothing was deleted: without a terminal to ask at, say --yes") from None
         if answer.strip().lower() not in ("y", "yes"):
           print("nothing was deleted")
           return exit_codes.INPUT

@@ -13,6 +13,7 @@ from launch.accelerators import accelerator
 from lskd_jax.config_files import known_keys, load_config
 
 PROVISIONING = ("spot", "on-demand", "reserved", "flex-start")
+ELSEWHERE = ("spot", "on-demand")  # what the files for Kubernetes and SkyPilot can say
 LONGEST_FLEX = 168.0  # hours: seven days, Google's limit
 
 
@@ -34,6 +35,9 @@ def read(path: Path | str, overrides: Iterable[str], backend: str) -> ConfigDict
 
 def check(config: ConfigDict, backend: str) -> None:
   """Raises DataError for the first value that cannot work on that backend."""
+  empty = [key for key, value in config.items() if value is None]
+  if empty:
+    raise DataError(f"{empty[0]}=None: has to have a value")
   if not re.fullmatch(r"[a-z]([-a-z0-9]{0,38}[a-z0-9])?", config.name):
     raise DataError(f"name={config.name!r}: take up to 40 of a-z, 0-9 and -, starting with a letter")
   for key in ("max_failures", "max_preemptions", "backoff", "linger"):
@@ -42,6 +46,9 @@ def check(config: ConfigDict, backend: str) -> None:
   for key in ("nodes", "budget_hours", "wait_hours", "poll", "grace_seconds"):
     if not config[key] > 0:
       raise DataError(f"{key}={config[key]}: must be above 0")
+  for key, value in config.local.items():
+    if not (isinstance(value, int) and value > 0):
+      raise DataError(f"local.{key}={value}: must be a whole number above 0")
   for name in config.environment:
     if not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", name):
       raise DataError(f"environment: {name!r} cannot be the name of a variable")
@@ -56,6 +63,9 @@ def check(config: ConfigDict, backend: str) -> None:
   kind = accelerator(config.accelerator_type)
   if kind.hosts * config.nodes > 1 and words(config)[0] == "lskd" and "--multi-host" not in words(config):
     raise DataError(f"command: {kind.hosts * config.nodes} hosts run it, so it needs --multi-host")
+  known = PROVISIONING if backend == "tpu-vm" else ELSEWHERE
+  if config.provisioning not in known:
+    raise DataError(f"provisioning={config.provisioning!r}: one of {', '.join(known)}")
   if backend == "kubernetes":
     if not kind.family.gke:
       raise DataError(f"accelerator_type={config.accelerator_type!r} is not offered in Kubernetes")
@@ -68,8 +78,6 @@ def check(config: ConfigDict, backend: str) -> None:
   for key in ("project", "zone"):
     if not config[key]:
       raise DataError(f"{key}='': say which, in the config or with --config.{key}=…")
-  if config.provisioning not in PROVISIONING:
-    raise DataError(f"provisioning={config.provisioning!r}: one of {', '.join(PROVISIONING)}")
   if config.provisioning == "flex-start" and config.budget_hours > LONGEST_FLEX:
     raise DataError(f"budget_hours={config.budget_hours:g}: flex-start lends machines for at most "
                     f"{LONGEST_FLEX:g} hours")

@@ -31,16 +31,19 @@ class Refused(Exception):
 def executor(transcript: Path, clock: Clock, say: Callable[[str], None]) -> Callable[[Command], str]:
   """A function that runs a command and returns what it printed.
 
-  transcript: gets a line for each try. Its function raises CommandFailed, or Refused.
+  transcript: gets a line for each try, and all that a failing one wrote. Its function raises CommandFailed,
+  or Refused.
   """
   def run(command: Command) -> str:
     for number in range(command.tries):
       if number:
         clock.sleep(FIRST_PAUSE * 2 ** (number - 1))
-      code, out, error = _once(command)
+      code, out, wrote = _once(command)
+      error = "" if code == 0 else _reason(code, wrote)
       stamp = time.strftime("%Y-%m-%d %H:%M:%S", time.gmtime(clock.now()))
       with transcript.open("a") as log:
-        log.write(f"{stamp} [{code}] {command}\n" + (f"  {error}\n" if code else ""))
+        log.write(f"{stamp} [{code}] {command}\n")
+        log.writelines(f"  {line}\n" for line in wrote.splitlines() if code and line.strip())
       if code == 0:
         return out
       if command.accept and re.search(command.accept, error):
@@ -55,7 +58,7 @@ def executor(transcript: Path, clock: Clock, say: Callable[[str], None]) -> Call
 
 
 def _once(command: Command) -> tuple[int, str, str]:
-  """Exit code (124: the time was up), output, and what went wrong in one line."""
+  """Exit code (124: the time was up), output, and what a failing command wrote about it."""
   try:
     done = subprocess.run(command.words, capture_output=True, text=True, errors="replace",
                           stdin=subprocess.DEVNULL, timeout=command.timeout, check=False)
@@ -63,8 +66,11 @@ def _once(command: Command) -> tuple[int, str, str]:
     return 124, "", f"no answer within {command.timeout:g} s"
   except FileNotFoundError:
     raise Refused(f"{command.words[0]} is not installed on this machine") from None
-  if done.returncode == 0:
-    return 0, done.stdout, ""
-  lines = [line.strip() for line in (done.stderr or done.stdout).splitlines() if line.strip()]
+  return done.returncode, done.stdout, done.stderr or done.stdout
+
+
+def _reason(code: int, wrote: str) -> str:
+  """The line that tells why. gcloud's own, that a worker failed, comes after what that worker wrote."""
+  lines = [line.strip() for line in wrote.splitlines() if line.strip() and not line.startswith("#####")]
   errors = [line for line in lines if line.startswith("ERROR")]
-  return done.returncode, done.stdout, (errors or lines or [f"exit code {done.returncode}"])[-1]
+  return (errors or lines or [f"exit code {code}"])[-1]

@@ -11,7 +11,7 @@ from launch import config as configs
 from launch.accelerators import accelerator
 
 NOT_FOUND = r"NOT_FOUND|was not found"
-NOTHING_THERE = r"matched no objects"
+NOTHING_THERE = r"matched no objects|Did not find existing container"
 MINUTE = 60.0
 
 
@@ -52,6 +52,8 @@ def create(config) -> Command:
     words.append(f"--{config.provisioning}")
   if autocheckpoint:
     words.append("--autocheckpoint-enabled")
+    if config.provisioning == "spot":  # without it SDK 528's `gcloud alpha` asks for the STANDARD model
+      words.append("--provisioning-model=spot")
   # A try that was cut off may have succeeded.
   return Command((*words, "--async", "--quiet", *_where(config)), tries=1, accept="ALREADY_EXISTS")
 
@@ -60,6 +62,12 @@ def describe(config) -> Command:
   """Prints the state, such as ACTIVE; nothing if there is no such request."""
   return Command(("gcloud", "compute", "tpus", "queued-resources", "describe", config.name,
                   "--format=value(state.state)", *_where(config)), accept=NOT_FOUND)
+
+
+def refusal(config) -> Command:
+  """Prints why a request FAILED (QueuedResourceState in the TPU API's reference)."""
+  return Command(("gcloud", "compute", "tpus", "queued-resources", "describe", config.name,
+                  "--format=value(state.failedData.error.message)", *_where(config)), optional=True)
 
 
 def delete(config) -> Command:
@@ -84,9 +92,9 @@ def ship(config, code: str) -> list[Command]:
                   timeout=10 * MINUTE)]
 
 
-def exits(config, start: int) -> Command:
-  """Prints the exit file of each host that has ended in that start, a line each."""
-  return Command(("gcloud", "storage", "cat", f"{configs.in_bucket(config)}/run/{start}/exit-*"),
+def exits(config, run: str) -> Command:
+  """Prints the exit file of each host that has ended in the start with that folder, a line each."""
+  return Command(("gcloud", "storage", "cat", f"{configs.in_bucket(config)}/{run}/exit-*"),
                  accept=NOTHING_THERE)
 
 
@@ -118,18 +126,24 @@ def preflight(config, code: str) -> list[Command]:
   """Checks all hosts, after it has removed what an earlier run left."""
   kind = accelerator(config.accelerator_type)
   words = ["--folder", _folder(config), "--chips", kind.chips_per_host, "--hosts", kind.hosts,
-           "--slices", config.nodes, "--disk-gb", config.disk_gb]
+           "--slices", config.nodes, "--disk-gb", config.disk_gb, "--mount", config.mount]
   return [_ssh(config, node, _python(code, "launch.preflight", *words), tries=2) for node in nodes(config)]
 
 
-def start(config, code: str, start: int) -> list[Command]:
-  """Starts the command on all hosts, detached from this connection."""
+def start(config, code: str, run: str) -> list[Command]:
+  """Starts the command on all hosts, detached from this connection. run: folder for logs and exit codes."""
   variables = [f"{name}={value}" for name, value in config.environment.items()]
   command = [*(["env", *variables] if variables else []), *configs.words(config)]
-  run = f"{config.mount}/launch/{config.name}/run/{start}"
+  run = f"{config.mount}/launch/{config.name}/{run}"
   return [_ssh(config, node, _python(code, "launch.host", "start", "--folder", _folder(config), "--run", run,
                                      "--slice", i, "--", *command))
           for i, node in enumerate(nodes(config))]
+
+
+def ask(config, code: str) -> list[Command]:
+  """Each host prints RUNS or IDLE: whether the command is there."""
+  return [_ssh(config, node, _python(code, "launch.host", "ask", "--folder", _folder(config)),
+               tries=1)._replace(optional=True) for node in nodes(config)]
 
 
 def stop(config, code: str) -> list[Command]:

@@ -1,11 +1,13 @@
 """Runs on each host: keeps the command alive without a connection, and tells how it ended.
 
     python -m launch.host start --folder DIR --run DIR --slice I -- COMMAND …
+    python -m launch.host ask --folder DIR
     python -m launch.host stop --folder DIR --grace SECONDS
 
 `start` leaves a process behind that attends to the command. In `--folder`, on this machine's disk, are
 `log` and `pids` (of the attendant and of the command). In `--run`, in the mounted bucket, are a copy of the
 log, `log-SLICE-WORKER.txt`, and `exit-SLICE-WORKER.json`: when and with what code the command ended.
+`ask` prints RUNS or IDLE: whether a command is attended to.
 """
 import argparse
 import contextlib
@@ -21,6 +23,7 @@ import time
 import urllib.request
 
 COPY_EVERY = 30.0  # seconds between copies of the log
+BUCKET_AWAY = 3600.0  # seconds for which the exit code is written again if the bucket does not take it
 POLL = 0.05
 
 
@@ -32,10 +35,11 @@ def start(folder: Path, run: Path, slice_index: int, command: list[str]) -> None
     if (folder / "run").read_text() == str(run):
       print("runs already")
       return
-    sys.exit(f"{folder}: another run is still there; `python -m launch.host stop` ends it")
+    sys.exit(f"ERROR: {folder}: another run is still there; `python -m launch.host stop` ends it")
   name = f"{slice_index}-{worker_number()}"
   (run / f"exit-{name}.json").unlink(missing_ok=True)  # of an attempt that was taken back
-  (folder / "pids").unlink(missing_ok=True)
+  for left in ("pids", "log"):  # of an earlier start, which has its own copy of its log
+    (folder / left).unlink(missing_ok=True)
   (folder / "run").write_text(str(run))
   with (folder / "attendant.log").open("ab") as log:
     subprocess.Popen([sys.executable, "-m", "launch.host", "attend", "--folder", str(folder),
@@ -46,7 +50,7 @@ def start(folder: Path, run: Path, slice_index: int, command: list[str]) -> None
       print(f"started {name}")
       return
     time.sleep(POLL)
-  sys.exit(f"{folder}: the attendant did not start; see attendant.log there")
+  sys.exit(f"ERROR: {folder}: the attendant did not start; see attendant.log there")
 
 
 def attend(folder: Path, run: Path, name: str, command: list[str]) -> None:
@@ -72,9 +76,7 @@ def attend(folder: Path, run: Path, name: str, command: list[str]) -> None:
     except OSError as error:
       print(f"{command[0]}: {error.strerror}", file=sys.stderr)
       code = 127
-    _copy(folder / "log", run / f"log-{name}.txt")
-    ended = {"time": time.time(), "code": code, "host": name}
-    _write(run / f"exit-{name}.json", json.dumps(ended) + "\n")
+    _tell(run, name, code, folder / "log")
 
 
 def _wait(child, log: Path, copy: Path) -> int:
@@ -89,6 +91,22 @@ def _write(path: Path, text: str) -> None:
   partial = path.with_name(f".{path.name}")
   partial.write_text(text)
   os.replace(partial, path)
+
+
+def _tell(run: Path, name: str, code: int, log: Path) -> None:
+  """Writes the rest of the log, then the exit code; again while the bucket is away, or nobody would know."""
+  text = json.dumps({"time": time.time(), "code": code, "host": name}) + "\n"
+  path, end, pause = run / f"exit-{name}.json", time.monotonic() + BUCKET_AWAY, 1.0
+  while True:
+    _copy(log, run / f"log-{name}.txt")
+    try:
+      return _write(path, text)
+    except OSError as error:
+      if time.monotonic() > end:
+        raise
+      print(f"{path}: {error.strerror}; trying again in {pause:g} s", file=sys.stderr, flush=True)
+    time.sleep(pause)
+    pause = min(2 * pause, COPY_EVERY)
 
 
 def _copy(log: Path, copy: Path) -> None:
@@ -107,7 +125,7 @@ def stop(folder: Path, grace: float) -> None:
     while is_running(folder) and time.monotonic() < end:
       time.sleep(POLL)
   if is_running(folder):
-    sys.exit(f"{folder}: the run does not end")
+    sys.exit(f"ERROR: {folder}: the run does not end")
 
 
 def pids(folder: Path) -> tuple[int, int]:
@@ -148,7 +166,7 @@ def worker_number() -> int:
 def main(argv: list[str]) -> None:
   """Reads the arguments and does it."""
   parser = argparse.ArgumentParser(prog="python -m launch.host", description=__doc__.splitlines()[0])
-  parser.add_argument("verb", choices=["start", "attend", "stop"])
+  parser.add_argument("verb", choices=["start", "attend", "ask", "stop"])
   parser.add_argument("--folder", type=Path, required=True)
   parser.add_argument("--run", type=Path)
   parser.add_argument("--slice", type=int, default=0)
@@ -161,6 +179,8 @@ def main(argv: list[str]) -> None:
     start(folder, args.run, args.slice, command)
   elif args.verb == "attend":
     attend(folder, args.run, args.name, command)
+  elif args.verb == "ask":
+    print("RUNS" if is_running(folder) else "IDLE")
   else:
     stop(folder, args.grace)
 

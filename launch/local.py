@@ -19,7 +19,7 @@ def up(config, workdir: str | None = None) -> int:
   budgets = Budgets(config.max_failures, config.max_preemptions, config.backoff)
   return supervise(_words(config, workdir), config.local.processes, workdir or configs.work_directory(config),
                    devices=config.local.devices, budgets=budgets, linger=config.linger,
-                   environment=config.environment.to_dict())
+                   environment={name: str(value) for name, value in config.environment.items()})
 
 
 def _words(config, workdir: str | None) -> list[str]:

@@ -17,30 +17,34 @@ QUEUED = ("CREATING", "ACCEPTED", "WAITING_FOR_RESOURCES")
 ENDING = ("SUSPENDING", "DELETING")
 ENDED = ("SUSPENDED", "FAILED")  # they use up quota until they are deleted
 
+KILLED = 137  # speaks for what ended without an exit code
 HOUR = 3600.0
 LONGEST = {"PROVISIONING": 2 * HOUR, "SUSPENDING": HOUR, "DELETING": HOUR}
 LAST_HOSTS = HOUR  # for the others to finish after one host is done: they may still write the model
 AFTER_STOP = 600.0  # for exit files to appear after hosts were told to stop
+ASK_EVERY = 600.0  # between questions to the hosts whether the command is there
 LONGEST_DELAY = HOUR / 2
 
 
 class State(NamedTuple):
   """What the launcher remembers; kept as JSON, so that `up` continues where another one left off.
 
-  resource, since: the state seen last, and since when (Unix seconds). spent: seconds of ACTIVE so far.
-  code_version: hash of what was shipped. ready: the hosts have it. starts: of the command; running: the
-  last one has not been seen to end. before, durable: checkpointed steps when it started, and now.
-  first_end: when the first host was seen to have ended. troubles: commands that failed in a row.
-  code, why: how the run ended.
+  began: when the first `up` was called; it names the starts' folder in the bucket, so that what another
+  run of this name left there is never read. resource, since: the state seen last, and since when (Unix
+  seconds). spent: seconds of ACTIVE so far. code_version: hash of what was shipped. starts: of the command;
+  running: the last one has not been seen to end. asked: when the hosts were asked whether it is there.
+  before, durable: checkpointed steps when it started, and now. first_end: when the first host was seen to
+  have ended. troubles: commands that failed in a row. code, why: how the run ended.
   """
+  began: str = ""
   resource: str = ""
   since: float = 0.0
   active_seen: float | None = None
   spent: float = 0.0
   code_version: str = ""
-  ready: bool = False
   starts: int = 0
   running: bool = False
+  asked: float = 0.0
   before: int | None = None
   durable: int | None = None
   first_end: float | None = None
@@ -54,10 +58,15 @@ class State(NamedTuple):
 
 
 class Seen(NamedTuple):
-  """One look. resource: None if there is none. exits: codes of the hosts that ended, earliest first."""
+  """One look. resource: None if there is none. exits: codes of the hosts that ended, earliest first.
+
+  idle: hosts that said that no command is there; None if they were not asked. error: why a request FAILED.
+  """
   resource: str | None
   exits: tuple[int, ...] = ()
   durable: int | None = None
+  idle: int | None = None
+  error: str = ""
 
 
 class Plan(NamedTuple):
@@ -76,8 +85,15 @@ def account(state: State, seen: Seen, now: float) -> State:
     state = state._replace(spent=state.spent + now - state.active_seen)
   if resource != state.resource:
     state = state._replace(resource=resource, since=now)
-  return state._replace(active_seen=now if resource == "ACTIVE" else None,
-                        durable=state.durable if seen.durable is None else seen.durable)
+  durable = state.durable if seen.durable is None else seen.durable
+  return state._replace(active_seen=now if resource == "ACTIVE" else None, durable=durable,
+                        before=state.before if state.running else durable,
+                        asked=state.asked if seen.idle is None else now)
+
+
+def run_folder(state: State) -> str:
+  """Of the last start, below the launcher's folder in the bucket."""
+  return f"run/{state.began}/{state.starts}"
 
 
 def plan(config, version: str, state: State, seen: Seen, now: float) -> Plan:
@@ -93,45 +109,55 @@ def plan(config, version: str, state: State, seen: Seen, now: float) -> Plan:
   if was_running and resource != "ACTIVE" and resource not in ENDING:
     state = _after(config, state, _lost(config, state, seen), now)
   if state.code is not None:
-    return _wind_down(config, version, state, resource)
+    return _wind_down(config, state, resource)
+  if not was_running and state.code_version != version:  # before there are machines that cost money
+    if now < state.not_before:
+      return _wait(config, state, "waiting before the code is shipped again", state.not_before - now)
+    return Plan(state._replace(code_version=version), "shipping the code",
+                tuple(gcloud.ship(config, version)))
   if resource is None:
     if now < state.not_before:
       return _wait(config, state, "waiting before the next request", state.not_before - now)
-    return Plan(state._replace(resource="", since=now, ready=False), "asking for machines",
+    return Plan(state._replace(resource=QUEUED[0], since=now), "asking for machines",
                 (gcloud.create(config),))
   if resource in ENDED:
-    if not was_running:  # taken away, or refused, before anything ran
-      state = _after(config, state, _lost(config, state, Seen(resource)), now)
+    what = f"{resource} ({seen.error})" if seen.error else resource
+    if not was_running:  # refused, or taken away, before anything ran
+      state = (_useless(config, state, now, what) if resource == "FAILED" else
+               _after(config, state, _lost(config, state, seen), now))
       if state.code is not None:
-        return _wind_down(config, version, state, resource)
-    return _replace(config, state, f"{resource}: deleting what is left")
+        return _wind_down(config, state, resource)
+    return _replace(config, state, f"{what}: deleting what is left")
   if resource == "ACTIVE":
-    return _active(config, version, state, seen, now)
+    return _active(config, state, seen, now)
   longest = config.wait_hours * HOUR + HOUR / 2 if resource in QUEUED else LONGEST.get(resource, HOUR)
   if now - state.since > longest:
     return _replace(config, state, f"{resource} for {(now - state.since) / HOUR:.1f} h: starting over")
   return _wait(config, state, resource)
 
 
-def _active(config, version, state: State, seen: Seen, now: float) -> Plan:
-  if state.troubles >= 2 and not state.running:
-    decision = decide([137], state.before, state.durable, _tally(state), _budgets(config))
-    state = _after(config, state, decision, now)._replace(troubles=0)
-    if state.code is not None:
-      return _wind_down(config, version, state, seen.resource)
-    return _replace(config, state, "the machines cannot be used: taking others")
-  if not state.running and now < state.not_before:
-    return _wait(config, state, "ACTIVE: waiting before the next start", state.not_before - now)
-  if not state.ready or state.code_version != version:
-    ship = gcloud.ship(config, version) if state.code_version != version else ()
-    return Plan(state._replace(ready=True, code_version=version), "installing the code on all hosts",
-                (*ship, *gcloud.setup(config, version)))
+def _active(config, state: State, seen: Seen, now: float) -> Plan:
+  version = state.code_version
   if not state.running:
-    start = state.starts + 1
+    if state.troubles >= 2:
+      state = _useless(config, state, now, state.why)
+      if state.code is not None:
+        return _wind_down(config, state, seen.resource)
+      return _replace(config, state._replace(troubles=0), "the machines cannot be used: taking others")
+    if now < state.not_before:
+      return _wait(config, state, "ACTIVE: waiting before the next start", state.not_before - now)
     step = "the beginning" if state.durable is None else f"step {state.durable}"
-    return Plan(state._replace(starts=start, running=True, before=state.durable),
-                f"start {start} from {step}",
-                (*gcloud.preflight(config, version), *gcloud.start(config, version, start)))
+    state = state._replace(starts=state.starts + 1, running=True, asked=now)
+    return Plan(state, f"start {state.starts} from {step}: preparing all hosts",
+                (*gcloud.setup(config, version), *gcloud.preflight(config, version),
+                 *gcloud.start(config, version, run_folder(state))))
+  if (seen.idle or 0) > len(seen.exits):
+    decision = _lost(config, state, seen, KILLED)
+    state = _after(config, state, decision, now)
+    if state.code is not None:
+      return _wind_down(config, state, seen.resource)
+    return _wait(config, state, f"a host lost the command and left no exit code: {decision.why}",
+                 decision.delay)
   if not seen.exits:
     return _wait(config, state, f"running, start {state.starts}")
   hosts = config.nodes * accelerator(config.accelerator_type).hosts
@@ -139,7 +165,7 @@ def _active(config, version, state: State, seen: Seen, now: float) -> Plan:
     decision = decide(seen.exits, state.before, state.durable, _tally(state), _budgets(config))
     state = _after(config, state, decision, now)
     if state.code is not None:
-      return _wind_down(config, version, state, seen.resource)
+      return _wind_down(config, state, seen.resource)
     return _wait(config, state, decision.why, decision.delay)
   if state.first_end is None:
     state = state._replace(first_end=now)
@@ -153,15 +179,25 @@ def _active(config, version, state: State, seen: Seen, now: float) -> Plan:
     return _wait(config, state, f"{len(seen.exits)} of {hosts} hosts have ended")
   state = _after(config, state, _lost(config, state, seen), now)
   if state.code is not None:
-    return _wind_down(config, version, state, seen.resource)
+    return _wind_down(config, state, seen.resource)
   return _replace(config, state, "hosts do not answer: taking others")
 
 
-def _lost(config, state: State, seen: Seen) -> Decision:
-  """What follows when machines are gone: hosts that left no exit code were preempted before a save."""
+def _lost(config, state: State, seen: Seen, code: int = exit_codes.PREEMPTED) -> Decision:
+  """What follows when hosts left no exit code; `code` is theirs: if machines are gone, preempted unsaved."""
   hosts = config.nodes * accelerator(config.accelerator_type).hosts
-  codes = seen.exits if len(seen.exits) >= hosts else (*seen.exits, exit_codes.PREEMPTED)
+  codes = seen.exits if len(seen.exits) >= hosts else (*seen.exits, code)
   return decide(codes, state.before, state.durable, _tally(state), _budgets(config))
+
+
+def _useless(config, state: State, now: float, error: str) -> State:
+  """The state once machines, or the request for them, came to nothing before a start: a failure."""
+  decision = decide([KILLED], state.before, state.durable, _tally(state), _budgets(config))
+  state = _after(config, state, decision, now)
+  if decision.restart:
+    return state
+  return state._replace(code=exit_codes.INPUT,
+                        why=f"{state.failures} failures in a row, the last with: {error}")
 
 
 def _after(config, state: State, decision: Decision, now: float) -> State:
@@ -171,18 +207,18 @@ def _after(config, state: State, decision: Decision, now: float) -> State:
   return state if decision.restart else state._replace(code=decision.code, why=decision.why)
 
 
-def _wind_down(config, version, state: State, resource: str | None) -> Plan:
+def _wind_down(config, state: State, resource: str | None) -> Plan:
   if resource is None:
     return Plan(state, state.why, done=True)
   if resource == "DELETING":
     return _wait(config, state, resource)
-  stop = tuple(gcloud.stop(config, version)) if state.running else ()
-  return Plan(state._replace(resource="", active_seen=None, ready=False, running=False),
+  stop = tuple(gcloud.stop(config, state.code_version)) if state.running else ()
+  return Plan(state._replace(resource="", active_seen=None, running=False),
               f"{state.why}: deleting the machines", (*stop, gcloud.delete(config)))
 
 
 def _replace(config, state: State, why: str) -> Plan:
-  return Plan(state._replace(resource="", active_seen=None, ready=False), why, (gcloud.delete(config),))
+  return Plan(state._replace(resource="", active_seen=None), why, (gcloud.delete(config),))
 
 
 def _wait(config, state: State, why: str, seconds: float | None = None) -> Plan:

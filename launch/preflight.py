@@ -1,6 +1,6 @@
 """Runs on each host before every start: removes what an earlier run left, and checks the machine.
 
-    python -m launch.preflight --folder DIR --chips 4 --hosts 4 --slices 1 --disk-gb 20
+    python -m launch.preflight --folder DIR --chips 4 --hosts 4 --slices 1 --disk-gb 20 --mount DIR
 
 Exit code 0 if the run can start; otherwise one line for each thing that is wrong.
 """
@@ -21,15 +21,19 @@ OLDEST_PYTHON = (3, 11)
 
 
 class Facts(NamedTuple):
-  """What one host is like. environment: its MEGASCALE_ and TPU_ variables, and those of its metadata."""
+  """What one host is like. environment: its MEGASCALE_ and TPU_ variables, and those of its metadata.
+
+  mounted: whether the bucket is; a host that was started anew has a plain folder in its place.
+  """
   chips: int
   hosts: int | None
   environment: dict[str, str]
   free_gb: float
   python: tuple[int, int]
+  mounted: bool
 
 
-def gather(devices: Path = Path("/dev")) -> Facts:
+def gather(mount: Path, devices: Path = Path("/dev")) -> Facts:
   """The facts of this host."""
   environment = {name: value for name, value in os.environ.items() if name.startswith(("MEGASCALE_", "TPU_"))}
   for line in (host.metadata("tpu-env") or "").splitlines():  # lines such as MEGASCALE_NUM_SLICES: '2'
@@ -39,7 +43,7 @@ def gather(devices: Path = Path("/dev")) -> Facts:
   endpoints = host.metadata("worker-network-endpoints")
   chips = len(list(devices.glob("accel[0-9]*"))) or len(list(devices.glob("vfio/[0-9]*")))
   return Facts(chips, len(endpoints.split(",")) if endpoints else None, environment,
-               shutil.disk_usage(Path.home()).free / 1e9, sys.version_info[:2])
+               shutil.disk_usage(Path.home()).free / 1e9, sys.version_info[:2], os.path.ismount(mount))
 
 
 def problems(facts: Facts, chips: int, hosts: int, slices: int, disk_gb: float) -> list[str]:
@@ -60,6 +64,8 @@ def problems(facts: Facts, chips: int, hosts: int, slices: int, disk_gb: float) 
     found.append(f"{facts.free_gb:.0f} GB of disk are free, {disk_gb:g} are needed")
   if facts.python < OLDEST_PYTHON:
     found.append(f"Python {'.'.join(map(str, facts.python))} is too old, 3.11 is needed")
+  if not facts.mounted:
+    found.append("the bucket is not mounted")
   return found
 
 
@@ -106,11 +112,12 @@ def main(argv: list[str]) -> int:
   """Reads the arguments, cleans and checks; the exit code."""
   parser = argparse.ArgumentParser(prog="python -m launch.preflight", description=__doc__.splitlines()[0])
   parser.add_argument("--folder", type=Path, required=True)
-  for name, kind in (("chips", int), ("hosts", int), ("slices", int), ("disk-gb", float)):
+  for name, kind in (("chips", int), ("hosts", int), ("slices", int), ("disk-gb", float),
+                     ("mount", Path)):
     parser.add_argument(f"--{name}", type=kind, required=True)
   args = parser.parse_args(argv)
   held = free_the_chips(args.folder.absolute())
-  facts = gather()
+  facts = gather(args.mount)
   found = ([held] if held else []) + problems(facts, args.chips, args.hosts, args.slices, args.disk_gb)
   name = f"worker {host.worker_number()}"
   for line in found:

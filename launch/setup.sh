@@ -1,6 +1,7 @@
 #!/bin/bash
 # Prepares one TPU host; what is there already stays. Called with what launch/gcloud.py gives it.
 set -euo pipefail
+trap 'echo "ERROR: setup.sh, line $LINENO: $BASH_COMMAND" >&2' ERR  # the launcher shows such lines
 url=$1 version=$2 bucket=$3 mount=$4 python=$5 uv=$6
 
 # The bucket as a folder: https://cloud.google.com/storage/docs/cloud-storage-fuse/install

@@ -8,6 +8,7 @@ import importlib.resources
 import json
 from pathlib import Path
 import subprocess
+import time
 
 from data_pipeline.records import DataError
 from data_pipeline.stages import write_json
@@ -15,8 +16,9 @@ from launch import gcloud
 from launch.accelerators import accelerator
 from launch.executor import Clock, CommandFailed, Refused, executor
 from launch.gcloud import Command
-from launch.planner import HOUR, QUEUED, Seen, State, account, after_trouble, plan
-from lskd_jax.supervisor import newest_step
+from launch.planner import ASK_EVERY, HOUR, QUEUED, Seen, State, account, after_trouble, plan, run_folder
+from lskd_jax import exit_codes
+from lskd_jax.supervisor import describe, newest_step
 
 OWN = ("lskd-jax", "lskd_jax", "pip", "setuptools", "wheel")  # installed from the checkout, or there anyway
 
@@ -29,15 +31,28 @@ def up(config, say: Callable[[str], None], clock: Clock = REAL) -> int:
 
   Raises DataError where the checkout cannot be shipped, Refused where gcloud will never do it.
   """
+  try:
+    return _until_done(config, say, clock)
+  except Refused as error:
+    resource = read_state(config).resource
+    if not resource:
+      raise
+    raise Refused(f"{error}. {config.name} ({resource}) is still there and may cost money: `python -m launch "
+                  "up` looks after it again, `down` deletes it") from None
+
+
+def _until_done(config, say: Callable[[str], None], clock: Clock) -> int:
   folder = state_folder(config)
   with locked(folder):
-    version = prepare(config)
-    state = read_state(config)
+    state = taken_up(read_state(config), clock.now(), say)
+    # A start that runs, or a run that is done, does not depend on what the checkout has become.
+    keep = state.running or state.code is not None
+    version = state.code_version if keep else prepare(config)
     run = executor(folder / "transcript.log", clock, say)
     said, answered = "", clock.now()
     while True:
       try:
-        seen = look(config, state, run)
+        seen = look(config, state, run, clock.now() - state.asked >= ASK_EVERY)
         answered = clock.now()
       except CommandFailed as error:  # says nothing about the run: this machine may be offline
         if clock.now() - answered > config.wait_hours * HOUR:
@@ -61,15 +76,31 @@ def up(config, say: Callable[[str], None], clock: Clock = REAL) -> int:
       clock.sleep(todo.wait)
 
 
-def look(config, state: State, run: Callable[[Command], str]) -> Seen:
-  """What is there now; only as many commands as the state needs."""
+def taken_up(state: State, now: float, say: Callable[[str], None]) -> State:
+  """The state that a call of `up` begins with: what ended the run in an earlier one has been mended."""
+  if not state.began:
+    state = state._replace(began=time.strftime("%Y%m%d-%H%M%S", time.gmtime(now)))
+  if state.code == exit_codes.DONE:
+    say("this run is done; for another one take another name and --workdir. To go on with this one, say "
+        "for longer: `python -m launch down`, then `up`")
+  elif state.code is not None:
+    say(f"it had ended with {describe(state.code)}: {state.why}; taking it up again")
+    state = state._replace(code=None, why="", failures=0, troubles=0, not_before=0.0)
+  return state
+
+
+def look(config, state: State, run: Callable[[Command], str], ask: bool = False) -> Seen:
+  """What is there now; only as many commands as the state needs. ask: also ask the hosts, which is slow."""
   resource = run(gcloud.describe(config)).strip() or None
-  exits, durable = (), None
+  exits, durable, idle = (), None, None
+  error = " ".join(run(gcloud.refusal(config)).split()) if resource == "FAILED" else ""
   if state.running:
-    exits = read_exits(run(gcloud.exits(config, state.starts)))
-  if (state.running and (exits or resource != "ACTIVE")) or (state.ready and not state.running):
+    if ask and resource == "ACTIVE":  # before the exit codes: a host that is idle has written its own
+      idle = sum(run(one).split().count("IDLE") for one in gcloud.ask(config, state.code_version))
+    exits = read_exits(run(gcloud.exits(config, run_folder(state))))
+  if exits or idle or (resource == "ACTIVE") != state.running:
     durable = newest_step(run(gcloud.markers(config)).split())
-  return Seen(resource, exits, durable)
+  return Seen(resource, exits, durable, idle, error)
 
 
 def read_exits(text: str) -> tuple[int, ...]:
@@ -118,10 +149,10 @@ def prepare(config) -> str:
   """Writes what goes beside the code, and returns the hash of all that is shipped.
 
   Raises DataError if the source is no git checkout, or has changes that are not committed: what runs on
-  a pod should have a name.
+  a pod should have a name. Files that git does not know are not shipped, and may be there.
   """
   tree = _git(config, "rev-parse", "HEAD^{tree}")
-  if _git(config, "status", "--porcelain"):
+  if _git(config, "status", "--porcelain", "--untracked-files=no"):
     raise DataError(f"source={config.source!r} has changes that are not committed: commit them, since what "
                     "is shipped is HEAD")
   lock = lock_file(config)
@@ -167,7 +198,7 @@ def rehearse(config) -> list[str]:
   except DataError as error:
     version, remarks = "HASH", [f"# to be mended before it can be shipped: {error}"]
   hosts = config.nodes * accelerator(config.accelerator_type).hosts
-  state, resource, exits = State(), None, ()
+  state, resource, exits = State(began="TIME"), None, ()
   lines = [*remarks, f"# every {config.poll:g} s", str(gcloud.describe(config))]
   while True:
     seen = Seen(resource, exits)
@@ -177,13 +208,16 @@ def rehearse(config) -> list[str]:
     if todo.done:
       return lines
     state = todo.state
-    if todo.commands:  # it worked
-      resource = {None: QUEUED[-1]}.get(resource, None if state.code is not None else resource)
+    if todo.commands:  # they worked
+      if gcloud.create(config) in todo.commands:
+        resource = QUEUED[-1]
+      elif gcloud.delete(config) in todo.commands:
+        resource = None
     elif resource in QUEUED:
       lines.append(f"# … until it is ACTIVE, for at most {config.wait_hours:g} h")
       resource = "ACTIVE"
     else:
-      lines += [str(gcloud.exits(config, state.starts)),
+      lines += [str(gcloud.exits(config, run_folder(state))),
                 f"# … until all {hosts} hosts have ended, for at most {config.budget_hours:g} h",
                 str(gcloud.markers(config))]
       exits = (0,) * hosts

@@ -30,7 +30,7 @@ def say(text: str) -> None:
 def report(error: BaseException) -> None:
   """Prints one line for what a user can mend, and a traceback where the program is wrong."""
   if isinstance(error, KeyboardInterrupt):
-    say("lskd: interrupted; the same command continues where this one stopped")
+    say("lskd: interrupted; run the same command again: demo, corpus and train go on where they stopped")
   elif isinstance(error, (ValueError, OSError)) and is_about_input(error):
     say(f"lskd: error: {in_one_line(error)}")
   else:

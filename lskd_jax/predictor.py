@@ -78,6 +78,8 @@ class Predictor:
     Raises:
       DataError: one line that names the image, region or text.
     """
+    if isinstance(texts, str):
+      raise DataError(f"texts: want a list of texts, got {texts!r:.60}")
     picture = read_picture(image)
     boxes = check_boxes(regions, picture.size, self.config.max_regions)
     texts = [check_text(text, len(boxes)) for text in texts]
@@ -140,6 +142,8 @@ class Predictor:
     decoding = Decoding(**{**defaults, **given}, ends=(end,), pad=pad)
     if isinstance(stop, str) or "" in stop:
       raise DataError(f"stop={stop!r:.60}: want a list of strings, none of them empty")
+    if not 0 <= seed < 2**32:
+      raise DataError(f"seed={seed}: want 0 to {2**32 - 1}")
     if not texts:
       return []
     rows = [prompts.prompt_tokens(self._prompting, render(text, range(len(boxes))))
@@ -218,7 +222,7 @@ def read_picture(image) -> Image.Image:
   if isinstance(image, str | Path):
     return images.read_image(image, upright=True)
   if isinstance(image, Image.Image):
-    return image.convert("RGB")
+    return images.to_rgb(image)
   if isinstance(image, np.ndarray) and image.dtype == np.uint8 and image.ndim == 3 \
       and image.shape[2] == 3:
     return Image.fromarray(image)

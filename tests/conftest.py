@@ -38,6 +38,13 @@ def mesh_is_restored():
   jax.set_mesh(before)
 
 
+@pytest.fixture(autouse=True, scope="module")
+def compiled_programs_are_dropped():
+  """Of the tests of one file: no other file uses them, and together they are gigabytes."""
+  yield
+  jax.clear_caches()
+
+
 @pytest.fixture
 def real_sample() -> Path:
   """A folder with a few real photographs (`images/`) and COCO-style boxes (`instances.json`).

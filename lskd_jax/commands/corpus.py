@@ -1,5 +1,4 @@
 """`lskd corpus …`: from pictures to a published dataset, one resumable stage after another."""
-import math
 from pathlib import Path
 
 from data_pipeline import stages
@@ -213,9 +212,10 @@ def build(args) -> None:
 
 def _reading(corpus: Path) -> str:
   """The option to train with the corpus's cut, if it has one."""
+  import numpy as np
   cut = folders.cut_of(corpus)
-  # Rounded down, so that what is just at the cut stays.
-  return "" if cut is None else f" --config.data.min_score={math.floor(cut * 1e4) / 1e4}"
+  # A built corpus has its scores in float32: the number below, so that what is just at the cut stays.
+  return "" if cut is None else f" --config.data.min_score={np.nextafter(np.float32(cut), np.float32(-1))}"
 
 
 def report(args) -> None:

@@ -76,7 +76,7 @@ def add_verbs(verbs) -> None:
                  help="of the student's pictures: 364, or 224x448 for HEIGHTxWIDTH; position embeddings "
                  "are stretched to it (default: as the source)")
   p.add_argument("--max-regions", type=count, default=8, metavar="N",
-                 help="slots that texts can mention (default: 8)")
+                 help="slots that texts can mention (default: 8; what `lskd export` wrote keeps its own)")
   group = p.add_argument_group("lavis, whose files hold weights only")
   group.add_argument("--tokenizer", type=Path, metavar="DIR",
                      help="a folder with the vocab.txt or tokenizer.json of bert-base-uncased")
@@ -146,6 +146,9 @@ def ask(args) -> None:
   names = ("beams", "max_tokens", "min_tokens", "length_penalty", "repetition_penalty", "sample",
            "temperature", "top_k", "top_p")
   given = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
+  for name in ("temperature", "top_k", "top_p"):
+    if name in given and not args.sample:
+      args.parser.error(f"--{name.replace('_', '-')} is for --sample")
   options = {"stop": args.stop, "seed": args.seed, **given}
   model = predictor.load(args.model)
   if args.question:

@@ -50,6 +50,8 @@ def train(args) -> None:
   """Trains or resumes what a config file describes, or does one of its steps again."""
   if args.local_processes:
     sys.exit(train_locally(args))
+  if args.devices_per_process:
+    args.parser.error("--devices-per-process is for --local-processes")
   began = time.time()
   from lskd_jax import peers, preemption
   # First of all: what follows, imports, corpus and compiles, takes minutes.

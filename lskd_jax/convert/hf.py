@@ -82,7 +82,7 @@ def export_hf(model_dir: Path | str, out: Path | str, *, dtype: str = "float32",
   Nothing appears under `out` before it is complete.
 
   Args:
-    dtype: of the tensors; queries and Q-Former stay float32, as transformers keeps them.
+    dtype: of the tensors; queries and Q-Former stay float32, as transformers stores them.
 
   Raises:
     CheckpointError: no student's model directory, damaged, a ViT that transformers' BLIP-2 has no

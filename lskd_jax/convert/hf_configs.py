@@ -16,6 +16,7 @@ from lskd_jax.trees import CheckpointError, one_line
 CODE = "modeling_lskd.py"  # runs the side file in PyTorch
 SIDE_FILE = "lskd.safetensors"
 CLASSES = {"student": "Blip2ForImageTextRetrieval", "generative": "Blip2ForConditionalGeneration"}
+PARTS = {"vision_config": "blip_2_vision_model", "qformer_config": "blip_2_qformer"}  # of a config.json
 # What transformers' config.json has no word for, and its key "lskd" holds.
 OURS = {"student": ("max_regions", "sites", "region_mode", "vision_eps", "temperature", "decoder_start"),
         "generative": ("max_regions", "sites", "region_mode", "vision_eps", "prompt")}
@@ -39,6 +40,8 @@ def read_config(source: Path, kind: str, max_regions: int) -> StudentConfig | Ge
     about = json.loads(path.read_text())
     if about.get("model_type") != "blip-2":
       raise CheckpointError(f"{path}: model_type is {about.get('model_type')!r}, not 'blip-2'")
+    for part, name in PARTS.items():
+      about[part] = _completed(name, about[part])
     vit = _vit(about["vision_config"], path)
     common = dict(vit=vit, max_regions=max_regions, vision_eps=vit.eps)
     if kind == "student":
@@ -65,6 +68,12 @@ def read_config(source: Path, kind: str, max_regions: int) -> StudentConfig | Ge
     raise
   except (ValueError, TypeError, AttributeError) as error:
     raise CheckpointError(f"{path} cannot be used: {one_line(error)}") from None
+
+
+def _completed(name: str, part: dict) -> dict:
+  """A part of a config.json with all of its keys: transformers may leave out what is its default."""
+  from transformers import AutoConfig
+  return AutoConfig.for_model(name, **{key: part[key] for key in part if key != "model_type"}).to_dict()
 
 
 def _vit(about: dict, path: Path) -> VitConfig:
@@ -228,6 +237,9 @@ def model_card(kind: str, config: StudentConfig | GenerativeConfig) -> str:
   if kind == "student":
     what, tag, loader = "Stage-1 BLIP-2 (ViT and Q-Former)", "image-text-matching", "AutoModel"
     use = "`student.score(pixel_values, boxes, input_ids)` scores texts that point at regions with `[0]`, …"
+    if config.region_mode in ("overlay", "both"):
+      use += ("\nIts pictures had the regions drawn on them: draw them before (`data_pipeline.regions."
+              "draw_overlay`).")
     rest = "The region tokens, the language\nhead and ITC's temperature are"
   else:
     what = f"BLIP-2 (ViT, Q-Former and {config.language_model.upper()})"

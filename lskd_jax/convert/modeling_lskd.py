@@ -7,7 +7,8 @@
 
 `LskdStudent` is transformers' Blip2ForImageTextRetrieval, `LskdGenerative` its
 Blip2ForConditionalGeneration (AutoModelForImageTextToText); their weights are loaded as they are, with
-what `lskd.safetensors` holds beside them. Inference only: dropout is not applied.
+what `lskd.safetensors` holds beside them. Inference only: dropout is not applied. It computes in float32,
+whatever the dtype of the files.
 Axes: S texts of one picture, T tokens, P of a prompt, R regions, Q queries, N patches.
 """
 import math
@@ -22,6 +23,7 @@ ROI = 3           # RoIAlign bins per side
 SAMPLES = 2       # of a bin, per side
 FREQUENCIES = 8   # octaves of the box encoding
 PAD = 0           # of a student without a decoder
+WHERE = ("revision", "token", "cache_dir", "subfolder", "local_files_only", "force_download", "proxies")
 
 
 class LskdStudent(Blip2ForImageTextRetrieval):
@@ -30,7 +32,7 @@ class LskdStudent(Blip2ForImageTextRetrieval):
   @classmethod
   def from_pretrained(cls, folder, *args, **options):
     """As transformers', and with the region tokens and heads of `lskd.safetensors`."""
-    return with_side_file(super().from_pretrained(folder, *args, **options), folder)
+    return with_side_file(super().from_pretrained(folder, *args, **options), folder, options)
 
   @torch.no_grad()
   def score(self, pixel_values, boxes, input_ids):
@@ -93,7 +95,7 @@ class LskdGenerative(Blip2ForConditionalGeneration):
   @classmethod
   def from_pretrained(cls, folder, *args, **options):
     """As transformers', and with the region tokens of `lskd.safetensors`."""
-    return with_side_file(super().from_pretrained(folder, *args, **options), folder)
+    return with_side_file(super().from_pretrained(folder, *args, **options), folder, options)
 
   @torch.no_grad()
   def score(self, pixel_values, boxes, input_ids, answer_ids):
@@ -150,14 +152,16 @@ class LskdGenerative(Blip2ForConditionalGeneration):
 # --- what both share; `model` is either ----------------------------------------------------------
 
 
-def with_side_file(loaded, folder):
+def with_side_file(loaded, folder, options):
   """A loaded model as the student computes it, with the tensors of `lskd.safetensors`.
 
   Kernels are [inputs, outputs].
   """
   model = loaded[0] if isinstance(loaded, tuple) else loaded
+  model.float()
+  where = {name: options[name] for name in WHERE if name in options}
   model.vision_model.post_layernorm.eps = model.config.lskd["vision_eps"]
-  for name, value in load_file(cached_file(folder, "lskd.safetensors")).items():
+  for name, value in load_file(cached_file(folder, "lskd.safetensors", **where)).items():
     model.register_buffer(name.replace("/", "__"), value.to(model.device), persistent=False)
   return loaded
 
@@ -172,6 +176,8 @@ def see(model, pixel_values, boxes):
   features = model.vision_model.encoder(model.vision_model.embeddings(pixel_values))
   features = model.vision_model.post_layernorm(features.last_hidden_state)
   tokens = mention = None
+  if model.config.lskd["region_mode"] == "overlay" and len(boxes):
+    raise ValueError("boxes: this student sees regions that are drawn on the picture, and no boxes")
   if model.config.lskd["region_mode"] in ("tokens", "both") and len(boxes):
     features, tokens, mention = region_tokens(model, features[0], boxes.float())
   memory = []

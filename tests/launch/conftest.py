@@ -8,7 +8,7 @@ import sys
 import pytest
 
 from configs import launch_v5e
-from launch import executor
+from launch import __main__ as command_line, executor
 from tests.launch import fake_gcloud
 
 HERE = Path(__file__).parent
@@ -46,8 +46,7 @@ def cloud(tmp_path, monkeypatch):
   def once(command):
     if command.words[0] != "gcloud":
       return real(command)
-    code, out, error = fake_gcloud.answer(file, list(command.words[1:]))
-    return code, out, error.strip()
+    return fake_gcloud.answer(file, list(command.words[1:]))
   monkeypatch.setattr(executor, "_once", once)
 
   def make(**cloud):
@@ -79,6 +78,19 @@ def clock():
     sleeps.append(duration)
     assert len(sleeps) < 300, "the launcher does not come to an end"
   return executor.Clock(lambda: seconds[0], sleep)
+
+
+@pytest.fixture
+def launch(config, cloud, tmp_path, capsys):
+  """Calls `python -m launch` with the config; the exit code and what was printed."""
+  changed = ("name", "project", "bucket", "accelerator_type", "zone", "source", "requirements", "python",
+             "state", "command")
+  words = [f"--config.{key}={config[key]}" for key in changed]
+
+  def call(verb, *more):
+    code = command_line.main([verb, "--config", "configs/launch_v5e.py", *words, *more])
+    return code, capsys.readouterr()
+  return call
 
 
 @pytest.fixture

@@ -4,6 +4,7 @@ $FAKE_CLOUD names the file:
   lives      one per queued resource: {"states": [...], "starts": [{"after": n, "exits": [[...], ...]}]}
              each look moves on one state, and the last one stays. A start's exits are what `cat` prints at
              successive looks, beginning `after` looks after the start; an entry is a list of codes.
+             "error" is why its request failed; "idle" are the numbers of asked hosts that have no command
   failures   of commands, {"create 1": "text on stderr"}: the first `create` fails
   commits    {"2": 40}: since the second start, checkpoint 40 is committed
 """
@@ -34,7 +35,8 @@ def verb(words: list[str]) -> str:
   if "ssh" in words:
     command = next(word for word in words if word.startswith("--command="))
     return next(name for marks, name in (("lskd-setup.sh", "setup"), ("launch.preflight", "preflight"),
-                                         ("launch.host start", "start"), ("launch.host stop", "stop"))
+                                         ("launch.host start", "start"), ("launch.host stop", "stop"),
+                                         ("launch.host ask", "ask"))
                 if marks in command)
   return next(word for word in words if word in ("create", "describe", "delete", "cp", "cat", "ls", "rsync"))
 
@@ -50,6 +52,8 @@ def create(cloud, words):
 def describe(cloud, words):
   if cloud.get("life") is None:
     raise LookupError("NOT_FOUND: Resource was not found")
+  if any("failedData" in word for word in words):
+    return cloud["life"].get("error", "") + "\n"
   states = cloud["life"]["states"]
   cloud["looks"] = min(cloud["looks"] + 1, len(states) - 1)
   return states[cloud["looks"]] + "\n"
@@ -83,6 +87,12 @@ def start(cloud, words):
   return "started\n"
 
 
+def ask(cloud, words):
+  idle = cloud["life"].get("idle") or [0]
+  count = idle.pop(0) if len(idle) > 1 else idle[0]
+  return "IDLE\n" * count + "RUNS\n" * (2 - count)
+
+
 def stop(cloud, words):
   return ""
 
@@ -104,7 +114,9 @@ def ls(cloud, words):
 
 
 def rsync(cloud, words):
-  folder = Path(words[-1]) / "1"
+  if not cloud.get("begun"):
+    raise LookupError(f"Did not find existing container at: {words[-2]}")
+  folder = Path(words[-1]) / "20270115-080000" / "1"
   folder.mkdir(parents=True, exist_ok=True)
   (folder / "log-0-0.txt").write_text("step 1\nstep 2\n")
   (folder / "log-0-1.txt").write_text("step 1\n")

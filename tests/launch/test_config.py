@@ -38,12 +38,24 @@ GIVEN = ["--config.project=p", "--config.bucket=gs://bucket"]
     ("up", ["--config.provisioning=flex-start", "--config.budget_hours=200"], "budget_hours=200: flex-start "
      "lends machines for at most 168 hours"),
     ("up", ["--config.budget_hours=0"], "budget_hours=0.0: must be above 0"),
+    ("up", ["--config.budget_hours=None"], "budget_hours=None: has to have a value"),
+    ("up --backend local", ["--config.local.processes=0"], "local.processes=0: must be a whole number above "
+     "0"),
+    ("up --backend local", ["--config.local.devices=0"], "local.devices=0: must be a whole number above 0"),
+    ("up --workdir out", [], "--workdir is for --backend local; on machines it is part of the config's "
+     "command"),
     ("up", ["--config.max_failures=-1"], "max_failures=-1: must not be negative"),
     ("up", ["--config.zoone=a"], "config key 'zoone' is unknown; did you mean 'zone'?"),
     ("manifest --out out.yaml", [], "image='': Kubernetes needs a container image in which the command "
      "can run"),
     ("manifest --out out.yaml", ["--config.accelerator_type=v3-8"],
      "accelerator_type='v3-8' is not offered in Kubernetes"),
+    ("manifest --out out.yaml", ["--config.provisioning=reserved"], "provisioning='reserved': one of spot, "
+     "on-demand"),
+    ("manifest --out out.yaml", ["--config.provisioning=cheap"], "provisioning='cheap': one of spot, "
+     "on-demand"),
+    ("skypilot --out out.yaml", ["--config.provisioning=flex-start"], "provisioning='flex-start': one of "
+     "spot, on-demand"),
     ("skypilot --out out.yaml", ["--config.zone="], "zone='': say which, in the config or with "
      "--config.zone=…")])
 def test_nonsense_is_refused_in_one_line(verb, words, said, capsys):

@@ -2,6 +2,7 @@
 import fcntl
 import json
 import os
+from pathlib import Path
 import signal
 import subprocess
 import sys
@@ -94,9 +95,43 @@ def test_a_command_that_does_not_exist_ends_with_127(tmp_path, monkeypatch):
   assert ended(tmp_path / "run")["code"] == 127
 
 
+def test_an_exit_code_is_written_once_the_bucket_is_back(start, tmp_path):
+  go = tmp_path / "go"
+  folder, run = start(f"import os, time\nwhile not os.path.exists({str(go)!r}): time.sleep(0.01)\n"
+                      "print('last words'); raise SystemExit(42)")
+  run.rmdir()
+  go.touch()
+  while "trying again" not in (folder / "attendant.log").read_text():
+    time.sleep(0.01)
+  assert host.is_running(folder), "nobody else may start beside it"
+  run.mkdir()
+  assert ended(run)["code"] == 42
+  assert (run / "log-0-0.txt").read_text() == "last words\n"
+
+
+def test_a_host_tells_whether_its_command_is_there(start, capsys):
+  folder, _ = start("import time; time.sleep(60)")
+  host.main(["ask", "--folder", str(folder)])
+  assert capsys.readouterr().out.endswith("RUNS\n")
+  host.stop(folder, grace=0.1)
+  host.main(["ask", "--folder", str(folder)])
+  assert capsys.readouterr().out == "IDLE\n"
+
+
+def test_the_log_of_a_start_is_its_own(start, tmp_path):
+  folder, run = start("print('first')")
+  ended(run)
+  while host.is_running(folder):
+    time.sleep(0.01)
+  again = run.with_name("2")
+  host.start(folder, again, 0, [sys.executable, "-S", "-c", "print('second')"])
+  ended(again)
+  assert (again / "log-0-0.txt").read_text() == "second\n"
+
+
 # ---- preflight ----
 
-GOOD = Facts(chips=4, hosts=4, environment={}, free_gb=50.0, python=(3, 12))
+GOOD = Facts(chips=4, hosts=4, environment={}, free_gb=50.0, python=(3, 12), mounted=True)
 
 
 def test_a_good_host_has_no_problems():
@@ -109,9 +144,16 @@ def test_a_good_host_has_no_problems():
     ({"environment": {"MEGASCALE_NUM_SLICES": "3"}}, "MEGASCALE_NUM_SLICES is 3, 1 are expected"),
     ({"environment": {"TPU_WORKER_HOSTNAMES": "a,b"}}, "TPU_WORKER_HOSTNAMES names 2 hosts, 4 are expected"),
     ({"free_gb": 3.2}, "3 GB of disk are free, 20 are needed"),
-    ({"python": (3, 10)}, "Python 3.10 is too old, 3.11 is needed")])
+    ({"python": (3, 10)}, "Python 3.10 is too old, 3.11 is needed"),
+    ({"mounted": False}, "the bucket is not mounted")])
 def test_what_would_keep_a_run_from_starting_is_named(change, said):
   assert problems(GOOD._replace(**change), chips=4, hosts=4, slices=1, disk_gb=20) == [said]
+
+
+def test_a_plain_folder_is_not_the_mounted_bucket(tmp_path, monkeypatch):
+  monkeypatch.setenv("GCE_METADATA_IP", "127.0.0.1:9")
+  assert not preflight.gather(tmp_path).mounted
+  assert preflight.gather(Path("/")).mounted
 
 
 def test_a_lock_that_nobody_holds_is_removed(tmp_path):

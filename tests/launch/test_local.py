@@ -17,7 +17,7 @@ workdir = pathlib.Path(words[words.index("--workdir") + 1])
 turns = workdir / f"turns-{i}"
 turn = len(turns.read_text()) if turns.exists() else 0
 turns.write_text("x" * (turn + 1))
-assert os.environ["WHO"] == "launch"
+assert os.environ["WHO"] == "7"  # numbers are written as text
 def save(*_):
   step = workdir / "checkpoints" / str(10 * (turn + 1))
   step.mkdir(parents=True, exist_ok=True)
@@ -38,7 +38,7 @@ def test_a_run_that_is_preempted_twice_ends_complete(tmp_path):
       "from configs import launch\n\n"
       "def get_config():\n  config = launch.get_config()\n  config.name = 'here'\n"
       f"  config.command = '{sys.executable} -S {tmp_path / 'train.py'} --workdir {tmp_path}'\n"
-      "  config.environment.WHO = 'launch'\n  config.backoff = 0.01\n  return config\n")
+      "  config.environment.WHO = 7\n  config.backoff = 0.01\n  return config\n")
   process = subprocess.Popen([sys.executable, "-m", "launch", "up", "--backend", "local",
                               "--config", str(tmp_path / "launch_here.py")],
                              cwd=ROOT, stderr=subprocess.PIPE, text=True)

@@ -1,4 +1,5 @@
 """A run on machines that are taken away twice ends complete, and every command on the way is known."""
+import io
 import json
 import os
 import re
@@ -6,7 +7,6 @@ import re
 import pytest
 
 from data_pipeline.records import DataError
-from launch import __main__ as command_line
 from launch.executor import Refused
 from launch.planner import State
 from launch.up import lock_file, locked, prepare, read_state, state_folder, up
@@ -26,10 +26,10 @@ def test_a_run_survives_two_preemptions_a_stuck_host_and_failing_commands(
   gcloud_on_path(
       lives=[
           # Preempted with a warning: both hosts save and say so.
-          {"states": [WAITING, "PROVISIONING", *[ACTIVE] * 6, "SUSPENDING", "SUSPENDED"],
+          {"states": [WAITING, "PROVISIONING", *[ACTIVE] * 5, "SUSPENDING", "SUSPENDED"],
            "starts": [{"after": 2, "exits": [[42], [42, 42]]}]},
           # Preempted without one.
-          {"states": ["ACCEPTED", *[ACTIVE] * 4, "SUSPENDED"], "starts": [{"after": 99, "exits": []}]},
+          {"states": ["ACCEPTED", *[ACTIVE] * 3, "SUSPENDED"], "starts": [{"after": 99, "exits": []}]},
           # A host is stuck, the other is told to end; the same machines go on to the end.
           {"states": [WAITING, ACTIVE],
            "starts": [{"after": 1, "exits": [*[[150]] * 3, [150, 137]]},
@@ -165,19 +165,6 @@ def test_the_environment_is_pinned(config, monkeypatch):
 # ---- the other verbs ----
 
 
-@pytest.fixture
-def launch(config, cloud, tmp_path, capsys):
-  """Calls `python -m launch` with the config; the exit code and what was printed."""
-  changed = ("name", "project", "bucket", "accelerator_type", "zone", "source", "requirements", "python",
-             "state", "command")
-  words = [f"--config.{key}={config[key]}" for key in changed]
-
-  def call(verb, *more):
-    code = command_line.main([verb, "--config", "configs/launch_v5e.py", *words, *more])
-    return code, capsys.readouterr()
-  return call
-
-
 def test_a_dry_run_prints_every_command_of_a_first_pass(launch, golden):
   code, shown = launch("up", "--dry-run")
   assert code == 0
@@ -191,6 +178,14 @@ def test_a_dry_run_of_several_slices_with_flex_start(launch, golden):
   golden("dry_run_slices.txt", shown.out)
 
 
+def test_spot_machines_with_autocheckpoint_are_asked_for_as_spot_twice(launch):
+  """`gcloud alpha` has a second argument for it, whose default is not what --spot says."""
+  create = next(line for line in launch("up", "--dry-run", "--config.accelerator_type=v5litepod-8",
+                                        )[1].out.splitlines() if "create" in line)
+  assert create.startswith("gcloud alpha ")
+  assert {"--spot", "--autocheckpoint-enabled", "--provisioning-model=spot"} <= set(create.split())
+
+
 def test_status_shows_machines_run_and_costs(launch, config, cloud, clock):
   cloud(lives=[DONE], commits={"1": 80})
   up(config, [].append, clock)
@@ -202,10 +197,21 @@ def test_status_shows_machines_run_and_costs(launch, config, cloud, clock):
   assert table["dollars"].endswith(f"of {48 * 8 * 1.2:.2f}")
 
 
-def test_logs_of_all_hosts_are_fetched(launch, tmp_path):
+def test_logs_of_all_hosts_are_fetched(launch, cloud, tmp_path):
+  assert launch("logs")[1].out.startswith("no host has written a log yet")
+  cloud(begun=1)
   code, shown = launch("logs", "--tail", "1", "--out", str(tmp_path / "logs"))
   assert code == 0 and shown.out.splitlines() == [
-      f"{tmp_path}/logs/1/log-0-0.txt", f"{tmp_path}/logs/1/log-0-1.txt", "step 2"]
+      f"{tmp_path}/logs/20270115-080000/1/log-0-0.txt", f"{tmp_path}/logs/20270115-080000/1/log-0-1.txt",
+      "step 2"]
+
+
+def test_down_without_a_terminal_deletes_nothing(launch, cloud, monkeypatch):
+  cloud(lives=[], life={"states": [ACTIVE]}, looks=-1)
+  monkeypatch.setattr("sys.stdin", io.StringIO())
+  code, shown = launch("down")
+  assert code == 1
+  assert shown.err == "launch: error: nothing was deleted: without a terminal to ask at, say --yes\n"
 
 
 def test_down_asks_and_deletes(launch, cloud, monkeypatch, tmp_path):

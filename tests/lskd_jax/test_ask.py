@@ -159,6 +159,7 @@ def test_questions_of_similar_length_compile_nothing_anew(anyone, picture):
   ("who?", dict(prompt="{question} [3]"), r"prompt '\{question\} \[3\]' mentions \[3\]"),
   ("who?", dict(stop=[""]), r"stop=\[''\]: want a list of strings, none of them empty"),
   ("who?", dict(stop="."), r"stop='\.': want a list of strings"),
+  ("who?", dict(seed=2**32), "seed=4294967296: want 0 to 4294967295"),
   ("who?", dict(beams=0), "beams=0: want 1 or more"),
   ("who?", dict(sample=True, beams=3), "beams=3 searches and sample=True draws"),
 ])

@@ -6,11 +6,11 @@ import shutil
 import numpy as np
 import pytest
 import torch
-from transformers import Blip2ForImageTextRetrieval
+from transformers import AutoConfig, Blip2ForImageTextRetrieval
 
 from data_pipeline import tokenizer as tokenizers
 from lskd_jax import checkpoint, trees
-from lskd_jax.convert import hf, tensors
+from lskd_jax.convert import hf, hf_configs, tensors
 from lskd_jax.trees import CheckpointError
 from tests.lskd_jax import tiny_models
 from tests.lskd_jax.torch_blip2 import (
@@ -137,6 +137,18 @@ def test_shards_and_halves_are_read(saved, tmp_path, tokenizer):
     leaves = trees.named_leaves(checkpoint.load_model(found.model)[1])
     want = model.state_dict()["itm_head.weight"].float().numpy()
     assert (leaves["itm_head/kernel"].T == want).all()
+
+
+def test_what_a_config_leaves_out_is_as_transformers_has_it(saved, tmp_path):
+  """Published folders name only what differs from the defaults."""
+  about = json.loads((saved[1] / "config.json").read_text())
+  whole = hf_configs.read_config(saved[1], "student", 8)
+  for part, name in hf_configs.PARTS.items():
+    defaults = AutoConfig.for_model(name).to_dict()
+    about[part] = {key: value for key, value in about[part].items() if value != defaults.get(key)}
+  assert "hidden_act" not in about["vision_config"] and "layer_norm_eps" not in about["qformer_config"]
+  (tmp_path / "config.json").write_text(json.dumps(about))
+  assert hf_configs.read_config(tmp_path, "student", 8) == whole
 
 
 def test_an_export_in_halves_keeps_the_qformer_whole(saved, tmp_path):

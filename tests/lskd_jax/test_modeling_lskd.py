@@ -63,5 +63,16 @@ def test_regions_matter(exported):
   assert first["itc"].item() != second["itc"].item()
 
 
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+def test_a_folder_of_halves_scores_nearly_the_same(exported, tmp_path, dtype):
+  folders = exported[1], hf.export_hf(exported[0], tmp_path / "hf", dtype=dtype, progress=False)
+  pixels, tokens = torch.ones(1, 3, 48, 48), torch.tensor([student_tokens(exported[0])])
+  whole, halves = (AutoModel.from_pretrained(folder, trust_remote_code=True).eval().score(
+      pixels, torch.tensor(BOXES), tokens) for folder in folders)
+  for name, want in whole.items():
+    scale = max(want.abs().max(), 1.0)  # a cosine's scale is 1, however small it is
+    assert (halves[name] - want).abs().max() <= 0.01 * scale, name
+
+
 def student_tokens(directory):
   return load_tokenizer(directory / "tokenizer").encode(TEXTS[0]).ids

@@ -100,6 +100,13 @@ def test_files_and_images_and_arrays_are_the_same_picture(model, picture, tmp_pa
   assert model.score(str(tmp_path / "picture.png"), BOXES, [WHO, OTHER]) == found
 
 
+def test_a_transparent_picture_is_white_there_as_a_file_and_as_an_image(model, tmp_path):
+  Image.new("RGBA", (80, 60), (0, 0, 0, 0)).save(tmp_path / "clear.png")
+  found = model.score(np.full((60, 80, 3), 255, np.uint8), BOXES, [WHO])
+  assert model.score(tmp_path / "clear.png", BOXES, [WHO]) == found
+  assert model.score(Image.open(tmp_path / "clear.png"), BOXES, [WHO]) == found
+
+
 def test_a_photograph_is_turned_upright(model, picture, tmp_path):
   exif = Image.Exif()
   exif[0x0112] = 6  # the camera was turned: 80 x 60 as stored, 60 x 80 as seen
@@ -190,6 +197,7 @@ def test_no_texts_no_scores(model, picture):
     ([(0, 0, 9, 9)], ["[0] [1]"], r"mentions \[1\], but only region \[0\] is given"),
     ([(0, 0, 9, 9)] * 2, ["ok", "[0,2]"], r"mentions \[2\], but only \[0\] to \[1\] are given"),
     ([], [" "], "text ' ' is empty"),
+    ([], "dog", "texts: want a list of texts, got 'dog'"),
     ([], ["word " * 80], r"text 'word .* has \d+ tokens; this model reads 1 to 62"),
 ])
 def test_an_error_names_the_culprit(model, picture, boxes, texts, error):

@@ -1,0 +1,198 @@
+"""What a launcher must not do: pay for machines that are of no use, forget them, or end without a reason."""
+import importlib.resources
+import os
+import re
+import subprocess
+
+import pytest
+
+from data_pipeline.records import DataError
+from launch.executor import CommandFailed, Refused, executor
+from launch.gcloud import Command
+from launch.up import prepare, read_state, up
+from tests.launch.test_up import ACTIVE, DONE, commands, interrupted_after
+
+ENDLESS = {"after": 999, "exits": []}
+
+
+def requests(config) -> int:
+  """How often machines were asked for."""
+  return commands(config).count("queued-resources create")
+
+
+# ---- when it gives up ----
+
+
+def test_machines_of_no_use_are_not_replaced_for_ever(config, cloud, clock):
+  """A run that came far once has not come any further by machines that never ran it."""
+  config.max_failures = 2
+  cloud(lives=[{"states": [*[ACTIVE] * 3, "SUSPENDED"], "starts": [ENDLESS]},
+               *[{"states": [ACTIVE], "starts": []}, {"states": ["SUSPENDED"], "starts": []}] * 9],
+        commits={"1": 40}, failures={f"preflight {n}": "worker 1: 0 chips are there" for n in range(2, 99)})
+  assert up(config, print, clock) == 1
+  assert requests(config) == 1 + 3 + 2, "one that ran, three of no use, two taken away between them"
+  assert read_state(config).why == ("3 failures in a row, the last with: ERROR: (gcloud.preflight) worker 1: "
+                                    "0 chips are there")
+
+
+def test_a_bucket_that_takes_no_code_is_noticed_before_machines_are_there(config, cloud, clock):
+  config.max_failures = 2
+  cloud(lives=[DONE], failures={f"cp {n}": "The specified bucket does not exist" for n in range(1, 99)})
+  assert up(config, print, clock) == 1
+  assert requests(config) == 0
+  assert read_state(config).why == ("3 commands failed in a row, the last with: ERROR: (gcloud.cp) The "
+                                    "specified bucket does not exist")
+
+
+def test_a_request_that_is_refused_again_and_again_is_given_up_with_the_reason(config, cloud, clock):
+  config.max_failures = 2
+  cloud(lives=[{"states": ["FAILED"], "starts": [], "error": "no quota for v5p"}] * 9)
+  said = []
+  assert up(config, said.append, clock) == 1
+  assert requests(config) == 3
+  assert "FAILED (no quota for v5p): deleting what is left" in said
+  assert read_state(config).why == "3 failures in a row, the last with: FAILED (no quota for v5p)"
+
+
+def test_machines_that_are_taken_away_before_a_start_are_nobodys_fault(config, cloud, clock):
+  config.max_failures = 2
+  cloud(lives=[*[{"states": ["SUSPENDED"], "starts": []}] * 5, DONE])
+  assert up(config, print, clock) == 0
+  assert read_state(config).preemptions == 5
+
+
+def test_who_is_logged_out_learns_that_machines_are_there(config, cloud, clock):
+  cloud(lives=[{"states": [ACTIVE], "starts": [ENDLESS]}],
+        failures={"describe 6": "UNAUTHENTICATED: Request had invalid authentication credentials."})
+  with pytest.raises(Refused, match=r"UNAUTHENTICATED: .* run \(ACTIVE\) is still there and may cost money"):
+    up(config, print, clock)
+
+
+# ---- when a run that ended is taken up again ----
+
+
+def test_a_larger_budget_takes_a_run_up_again(config, cloud, clock):
+  config.budget_hours = 0.5
+  cloud(lives=[{"states": [ACTIVE], "starts": [ENDLESS]}, DONE])
+  assert up(config, print, clock) == 1
+  said = []
+  assert up(config, said.append, clock) == 1, "the same budget is still used up"
+  spent = read_state(config).spent
+  config.budget_hours = 1.0
+  assert up(config, said.append, clock) == 0
+  assert ("it had ended with 1 (input to be mended): the budget of 0.5 hours is used up; taking it up again"
+          in said)
+  assert read_state(config).spent > spent >= 1800
+
+
+def test_mended_input_takes_a_run_up_again(config, cloud, clock):
+  cloud(lives=[{"states": [ACTIVE], "starts": [{"after": 1, "exits": [[1, 1]]}]}, DONE])
+  assert up(config, print, clock) == 1
+  assert up(config, print, clock) == 0
+
+
+def test_taking_a_run_up_again_forgives_the_failures(config, cloud, clock):
+  config.max_failures = 2
+  cloud(lives=[{"states": ["FAILED"], "starts": []}] * 6)
+  assert up(config, print, clock) == up(config, print, clock) == 1
+  assert requests(config) == 6
+
+
+def test_a_run_that_is_done_says_so_and_costs_nothing_more(config, cloud, clock):
+  cloud(lives=[DONE])
+  said = []
+  assert up(config, said.append, clock) == up(config, said.append, clock) == 0
+  assert requests(config) == 1
+  assert any(line.startswith("this run is done; for another one take another name") for line in said)
+
+
+def test_what_an_earlier_run_of_the_name_left_is_never_read(config, cloud, clock, launch):
+  """Its exit codes are still in the bucket, and would decide the new one."""
+  cloud(lives=[DONE, DONE])
+  assert up(config, print, clock) == 0
+  assert launch("down")[0] == 0
+  assert up(config, print, clock) == 0
+  folders = re.findall(r"--run (\S+)", commands(config))
+  assert len(folders) == len(set(folders)) == 2
+
+
+# ---- while it runs ----
+
+
+@pytest.fixture
+def own_checkout(config, checkout, tmp_path):
+  """A checkout that a test may change."""
+  subprocess.run(["git", "clone", "-q", str(checkout), str(tmp_path / "own")], check=True)
+  config.source = str(tmp_path / "own")
+  return tmp_path / "own"
+
+
+def test_a_running_run_does_not_depend_on_what_the_checkout_has_become(config, cloud, clock, own_checkout):
+  cloud(lives=[{"states": [ACTIVE], "starts": [{"after": 20, "exits": [[42, 42]]},
+                                               {"after": 1, "exits": [[0, 0]]}]}])
+  with pytest.raises(KeyboardInterrupt):
+    up(config, print, clock._replace(sleep=interrupted_after(8, clock.sleep)))
+  version = read_state(config).code_version
+  (own_checkout / "train.py").write_text("print('in the middle of something')\n")
+  assert up(config, print, clock) == 0
+  assert read_state(config).code_version == version, "a restart goes on with what was started"
+  assert commands(config).count("git -C") == 1
+
+
+def test_what_is_shipped_is_committed_but_other_files_may_be_there(config, own_checkout):
+  version = prepare(config)
+  (own_checkout / "my_launch.py").write_text("from configs import launch_v5e\n")
+  assert prepare(config) == version
+  (own_checkout / "train.py").write_text("print('changed')\n")
+  with pytest.raises(DataError, match="has changes that are not committed"):
+    prepare(config)
+
+
+def test_a_host_without_command_and_without_exit_code_counts_as_killed(config, cloud, clock):
+  """It was switched on anew, say; the others may wait for it for ever."""
+  cloud(lives=[{"states": [ACTIVE], "starts": [ENDLESS, {"after": 1, "exits": [[0, 0]]}], "idle": [0, 1, 0]}],
+        commits={"1": 40, "2": 80})
+  said = []
+  assert up(config, said.append, clock) == 0
+  assert "a host lost the command and left no exit code: restarting 1/10 from step 40" in said
+  assert read_state(config).starts == 2
+
+
+def test_hosts_that_cannot_be_asked_are_left_alone(config, cloud, clock):
+  cloud(lives=[{"states": [ACTIVE], "starts": [{"after": 40, "exits": [[0, 0]]}]}],
+        failures={f"ask {n}": "[/usr/bin/ssh] exited with return code [255]." for n in range(1, 999)})
+  assert up(config, print, clock) == 0
+  assert read_state(config).starts == 1
+
+
+# ---- why a command failed ----
+
+
+def test_what_a_host_said_is_shown_and_all_of_it_kept(tmp_path, clock):
+  """gcloud's remark that a worker failed comes last, and says nothing."""
+  script = ("echo 'ERROR: worker 1: 0 chips are there' >&2; echo 'more about it' >&2;"
+            "echo '##### Command execution on worker 1 failed with exit status 1. Continuing.' >&2; exit 1")
+  said = []
+  with pytest.raises(CommandFailed, match="^ERROR: worker 1: 0 chips are there$"):
+    executor(tmp_path / "transcript.log", clock, said.append)(Command(("bash", "-c", script), tries=1))
+  assert said == ["failed, try 1 of 1: ERROR: worker 1: 0 chips are there"]
+  assert "\n  more about it\n  ##### Command" in (tmp_path / "transcript.log").read_text()
+
+
+def test_without_an_error_line_the_last_one_of_the_host_is_shown(tmp_path, clock):
+  script = "echo 'No space left on device' >&2; echo '##### Command execution on worker 0 failed' >&2; exit 1"
+  with pytest.raises(CommandFailed, match="^No space left on device$"):
+    executor(tmp_path / "transcript.log", clock, print)(Command(("bash", "-c", script), tries=1))
+
+
+def test_setup_says_which_step_failed(tmp_path):
+  for name, code in (("sudo", 0), ("gcsfuse", 1)):
+    (tmp_path / name).write_text(f"#!/bin/sh\nexit {code}\n")
+    (tmp_path / name).chmod(0o755)
+  words = ["gs://bucket/code", "version", "bucket", str(tmp_path / "mount"), "3.12", "0.13.8"]
+  done = subprocess.run(["bash", str(importlib.resources.files("launch") / "setup.sh"), *words], text=True,
+                        env={"PATH": f"{tmp_path}:{os.environ['PATH']}", "HOME": str(tmp_path)},
+                        capture_output=True, check=False, timeout=60)
+  assert done.returncode == 1
+  last = done.stderr.splitlines()[-1]
+  assert re.fullmatch(r'ERROR: setup.sh, line \d+: gcsfuse --implicit-dirs "\$bucket" "\$mount"', last)
