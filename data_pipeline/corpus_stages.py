@@ -15,7 +15,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from data_pipeline import stages, teach, verbalize
-from data_pipeline.records import DataError, ImageRecord
+from data_pipeline.records import DataError, ImageRecord, check_split
 from data_pipeline.sources import coco, scenes
 
 
@@ -35,6 +35,7 @@ def verbalize_scenes(
 
   exclude: scene keys that must not occur (`scenes.scene_key`), such as those of held-out pictures.
   """
+  check_split(split)
   out = Path(out)
   images, exclude = out / "images", frozenset(exclude)
 
@@ -71,9 +72,12 @@ def verbalize_photographs(
 
   Left out and listed with the reason in rejected-*.jsonl: images that are missing, damaged or of
   another size than the file says, and boxes without area or outside their image. The summary has
-  `crowds` too, the number of crowd annotations passed over. DataError when no image is left, as with
-  a wrong folder of images.
+  `crowds` too, the number of crowd annotations passed over. DataError when `images` is no folder, or
+  no image is left.
   """
+  check_split(split)
+  if not Path(images).is_dir():
+    raise DataError(f"{images}: is not a folder; give the one with the photographs")
   rows = coco.load_coco(annotations, captions)
 
   def work(row: dict) -> list:
@@ -90,13 +94,23 @@ def verbalize_photographs(
 def teach_corpus(
   source: Path | str, out: Path | str, per_image: int = 8, seed: int = 0, progress: bool = True
 ) -> dict:
-  """The template teacher writes up to `per_image` statements for every verbalized image."""
+  """The template teacher writes up to `per_image` statements for every verbalized image.
+
+  DataError when it has nothing to say about any of them.
+  """
   options = {"teacher": "template", "per_image": per_image, "seed": seed}
 
   def work(record: ImageRecord) -> ImageRecord:
     return teach.teach_record(record, seed, per_image)
 
-  return stages.run_stage("teach", stages.open_shards(source), work, out, options, progress)
+  summary = stages.run_stage("teach", stages.open_shards(source), work, out, options, progress)
+  if not summary["statements"]:
+    labels = sorted({region.label for r in stages.read_records(out) for region in r.regions})
+    raise DataError(
+      f"{source}: the template teacher has nothing to say about regions labelled {labels[:8]}; it "
+      "knows drawn scenes, the things of COCO's categories, and people beside these"
+    )
+  return summary
 
 
 def score_corpus(

@@ -69,9 +69,12 @@ def resize(image: np.ndarray, size: int | tuple[int, int]) -> np.ndarray:
 
 
 def image_size(path: Path | str) -> tuple[int, int]:
-  """(width, height) from the header of an image file."""
-  with _image_errors(path), Image.open(path) as image:
-    return image.size
+  """(width, height) of an image file, decoded as training does: half of one has no size. Errors as
+  in `read_image`."""
+  with _image_errors(path):
+    data = Path(path).read_bytes()
+  height, width = decode(data, name=str(path)).shape[:2]
+  return width, height
 
 
 def with_size(record: ImageRecord, image_root: Path | str) -> ImageRecord:

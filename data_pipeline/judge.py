@@ -160,8 +160,7 @@ def judgement_from_row(row: dict, where: str = "row") -> Judgement | None:
   elif row.get("reject_label") not in (None, ""):
     accept = 1 - _verdict(row["reject_label"], where)
   elif isinstance(row.get("label"), list) and row["label"]:
-    votes = [_verdict(vote, where) for vote in row["label"]]
-    accept = int(2 * sum(votes) > len(votes))
+    accept = _majority([_verdict(vote, where) for vote in row["label"]])
   elif "accept" in row:
     return None
   else:
@@ -174,7 +173,11 @@ def judgement_from_row(row: dict, where: str = "row") -> Judgement | None:
 
 
 def read_judgements(path: str | Path) -> list[Judgement]:
-  """The judgements of a .jsonl or .csv file: ours, filled-in sheets, the original's label files."""
+  """The judgements of a .jsonl or .csv file: ours, filled-in sheets, the original's label files.
+
+  One per statement, in the order of their first rows. Several rows of a statement, as of several
+  people, become one: accepted if more than half accept, with the means of the scores given.
+  """
   path = Path(path)
   if path.suffix == ".csv":
     try:
@@ -184,8 +187,32 @@ def read_judgements(path: str | Path) -> list[Judgement]:
       raise DataError(f"{path}: cannot be read as CSV ({error})") from None
   else:
     rows = read_jsonl(path)
-  read = (judgement_from_row(row, f"{path}:{line}") for line, row in rows)
-  return [judgement for judgement in read if judgement is not None]
+  by_index = {}
+  for line, row in rows:
+    judgement = judgement_from_row(row, f"{path}:{line}")
+    if judgement is not None:
+      by_index.setdefault(judgement.index, []).append(judgement)
+  return [_together(votes) for votes in by_index.values()]
+
+
+def _together(votes: list[Judgement]) -> Judgement:
+  """One judgement of all those of a statement."""
+
+  def mean(scores):
+    given = [score for score in scores if not math.isnan(score)]
+    return sum(given) / len(given) if given else math.nan
+
+  return Judgement(
+    votes[0].index,
+    _majority([vote.accept for vote in votes]),
+    mean([vote.answer_score for vote in votes]),
+    mean([vote.rationale_score for vote in votes]),
+    ", ".join(dict.fromkeys(vote.judge for vote in votes if vote.judge)),
+  )
+
+
+def _majority(votes: list[int]) -> int:
+  return int(2 * sum(votes) > len(votes))
 
 
 def write_judgements(path: str | Path, judgements: Iterable[Judgement]) -> None:

@@ -11,6 +11,7 @@ from collections.abc import Iterable, Iterator
 import dataclasses
 from dataclasses import dataclass, field
 import math
+import re
 
 from data_pipeline.jsonl import DataError, checked, lean, read_jsonl, to_line
 from data_pipeline.mentions import map_mentions, mentions
@@ -23,6 +24,7 @@ __all__ = [  # one place to import from, whichever file of the package a name li
   "Region",
   "Statement",
   "Verbalization",
+  "check_split",
   "choice_from_json",
   "choice_to_json",
   "map_mentions",
@@ -115,6 +117,12 @@ class ChoiceItem:
 
 
 # ---- checking ----
+
+
+def check_split(name: str) -> None:
+  """DataError if a built dataset cannot have a split of this name."""
+  if not re.fullmatch(r"[A-Za-z][A-Za-z0-9_]*", name) or name == "all":
+    raise DataError(f"{name!r} cannot name a split; use letters, digits and '_', such as 'val_1'")
 
 
 def statement_mentions(statement: Statement) -> tuple[int, ...]:

@@ -86,7 +86,8 @@ def run_stage(
     so every byte, stays the same.
   inputs: names the items' origin where that cannot be seen from them (entries that are functions).
 
-  Returns the summary: stage, shards, records, regions, statements, rejected.
+  Returns the summary: stage, shards, records, regions, statements, rejected. A stage that kept no
+  record is run anew by the next call.
   DataError when the folder was made with other options or inputs, another process writes to it,
   or the disk is full; finished shards stay.
   """
@@ -103,6 +104,7 @@ def run_stage(
   }
   with locked(out):
     _claim(out, json.loads(json.dumps(stage, default=str)))
+    _unfinish_if_empty(out)
     todo = [k for k in range(shards) if not _file(out, "shard", k, shards).exists()]
     if progress and len(todo) < shards:
       print(f"{name}: {shards - len(todo)} of {shards} shards were already done", file=sys.stderr)
@@ -235,8 +237,17 @@ def _claim(out: Path, stage: dict) -> None:
     if key == "options" and isinstance(theirs, dict):
       keys = [k for k in {**theirs, **ours} if theirs.get(k) != ours.get(k)]
       theirs, ours = ({k: values.get(k) for k in keys} for values in (theirs, ours))
-    advice = "give another --out, or delete this folder"
+    advice = "give another --out, or delete the files in this folder; folders in it can stay"
     raise DataError(f"{out}: was made with {key} {theirs}, now asked for {ours}; {advice}")
+
+
+def _unfinish_if_empty(out: Path) -> None:
+  """Makes a stage that kept no record an unfinished one: the cause may lie outside its options and
+  inputs, as with a wrong folder of images, and be mended."""
+  if (out / "summary.json").exists() and not read_summary(out)["records"]:
+    for path in out.glob("shard-*.jsonl"):
+      path.unlink()
+    (out / "summary.json").unlink()
 
 
 def _bar(name: str, items_by_shard: list, todo: list[int], progress: bool) -> tqdm:

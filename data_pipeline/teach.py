@@ -11,6 +11,8 @@ A fact is [kind, region id, or None for the whole picture, value, or a list of v
 
 import dataclasses
 from dataclasses import dataclass
+import hashlib
+import json
 
 import numpy as np
 
@@ -336,13 +338,11 @@ def teach(
         draft = reader.draft(type, left.pop())
       if draft is None or len(statements) == per_image:
         continue
-      question, answer, rationale = phrase(draft, *rng.integers(0, 1 << 16, 3).tolist())
+      texts = phrase(draft, *rng.integers(0, 1 << 16, 3).tolist())
       statements.append(
         Statement(
-          index=f"{record.image_id}-{len(statements)}",
-          question=question,
-          answer=answer,
-          rationale=rationale,
+          _index(record, texts),
+          *texts,
           source=f"template_v1_{type}",
           teacher="template",
           region=draft.regions,
@@ -355,6 +355,14 @@ def teach(
         )
       )
   return tuple(statements)
+
+
+def _index(record: ImageRecord, texts: tuple[str, str, str]) -> str:
+  """Names a statement by what it says of which image: a judgement is found by its index, and must not
+  meet another statement after teaching with another seed, or in another corpus. Unique in an image,
+  where no two statements ask the same."""
+  digest = hashlib.sha256(json.dumps([record.image, *texts]).encode()).hexdigest()
+  return f"{record.image_id}-{digest[:12]}"
 
 
 def teach_record(record: ImageRecord, seed: int = 0, per_image: int = 8) -> ImageRecord:

@@ -148,6 +148,7 @@ def score_stages(source: Path | str, image_root: Path | str, model_dir: Path | s
     DataError, CheckpointError: one line that names the file or folder.
   """
   out = Path(out)
+  accept = None if judgements is None else _verdicts_on(source, judgements)  # first: the rest takes long
   options = {"model": model_digest(model_dir)}
   with jax.set_mesh(parallel.make_mesh(devices=jax.local_devices()[:1])):
     model = build.load(model_dir)
@@ -155,31 +156,35 @@ def score_stages(source: Path | str, image_root: Path | str, model_dir: Path | s
       summary = say_stage(model, "score", source, image_root, out, options)
       return Scored(summary, f"P(accept) by the critic {model_dir}")
     said = say_stage(model, "likelihoods", source, image_root, out / "likelihoods", options)
-  critic, own, worth = _fit(out / "likelihoods", judgements)
+  critic, own, worth = _fit(out / "likelihoods", accept)
 
   def score(records: Sequence[ImageRecord]) -> list[list[float]]:
     return [[own.get(s.index, p) for s, p in zip(r.statements, critic.scores(
         [evidence_of(s) for s in r.statements]).tolist())] for r in records]
 
-  fitted = json.loads(json.dumps(critic.to_json()))
-  summary = corpus_stages.score_corpus(out / "likelihoods", out, score,
-                                       {**options, "critic": fitted})
-  stages.write_json(out / "critic.json", fitted)
+  options["judgements"] = accept and _digest(sorted(accept.items()))
+  summary = corpus_stages.score_corpus(out / "likelihoods", out, score, options)
+  stages.write_json(out / "critic.json", critic.to_json())
   return Scored({**summary, "rejected": summary["rejected"] + said["rejected"]}, worth)
 
 
-def _fit(likelihoods: Path, judgements) -> tuple[EvidenceCritic, dict[str, float], str]:
+def _verdicts_on(source: Path | str, judgements: Path | str) -> dict[str, int]:
+  """{statement index: verdict}; DataError if none is about a statement of the stage folder."""
+  accept = evidence.read_verdicts(judgements)
+  if not any(s.index in accept for r in stages.read_records(source) for s in r.statements):
+    raise DataError(f"{judgements}: none of its {len(accept)} judgements is about a statement of "
+                    "this corpus; give the judgements of this corpus")
+  return accept
+
+
+def _fit(likelihoods: Path, accept: dict[str, int] | None) -> tuple[EvidenceCritic, dict[str, float], str]:
   """The critic, {index: score} of the judged statements, and what the scores are worth."""
-  if judgements is None:
+  if accept is None:
     found = [evidence_of(s) for r in stages.read_records(likelihoods) for s in r.statements]
     return evidence.uncalibrated(found), {}, (
         "uncalibrated, for want of --judgements: they rank statements, but are no probabilities")
-  accept = evidence.read_verdicts(judgements)
   judged = [(r.image, s) for r in stages.read_records(likelihoods) for s in r.statements
             if s.index in accept]
-  if not judged:
-    raise DataError(f"{judgements}: none of its {len(accept)} judgements is about a statement of "
-                    "this corpus; give the judgements of this corpus")
   found = [evidence_of(s) for _, s in judged]
   labels = [accept[s.index] for _, s in judged]
   scores = evidence.cross_scores(found, labels, [image for image, _ in judged])
@@ -200,7 +205,11 @@ def model_digest(directory: Path | str) -> str:
   """A hash of what a model directory holds: its config and the fingerprints of its parameters."""
   about = [checkpoint.load_config(directory),
            trees.read_manifest(epath.Path(directory).absolute() / "params")]
-  return hashlib.sha256(json.dumps(about, sort_keys=True).encode()).hexdigest()[:16]
+  return _digest(about)
+
+
+def _digest(value) -> str:
+  return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:16]
 
 
 class _Groups:

@@ -76,8 +76,8 @@ def folder(tmp_path):
 
 def record(image="good.jpg", text="what is [0]?", box=(4.0, 4.0, 30.0, 30.0), width=64, height=48,
            image_id=0):
-  statement = Statement(f"{image_id}-0", text, "a person", "it stands there", "v1")
-  return ImageRecord(image, image_id, width, height, (Region(0, box, "person"),), (statement,))
+  statement = Statement(f"{image_id}-0", text, "a dog", "it stands there", "v1")
+  return ImageRecord(image, image_id, width, height, (Region(0, box, "dog"),), (statement,))
 
 
 def stage(out, *records, shards=1):
@@ -125,10 +125,9 @@ def test_pictures_that_cannot_be_described_are_rejected_with_their_reason(folder
   said = works("corpus", "verbalize", "--source", "coco", "--annotations",
                folder / "instances.json", "--images", folder / "images", "--out", folder / "words")
   found = {row["where"]: row["reason"] for row in rejected(folder / "words")}
-  # A header alone cannot tell that half of the data is missing: that is found when pixels are read.
-  assert set(found) == {"missing.jpg", "bomb.png", "text.jpg"}
+  assert set(found) == set(PICTURES)
   assert all(PICTURES[name] in reason for name, reason in found.items())
-  assert "2 images" in said and f"rejected: 3, with reasons in {folder / 'words'}/rejected" in said
+  assert "1 images" in said and f"rejected: 4, with reasons in {folder / 'words'}/rejected" in said
 
 
 def test_pictures_that_cannot_be_built_are_rejected_with_their_reason(folder, works):
@@ -214,6 +213,23 @@ def test_an_empty_corpus(folder, refused):
     line = refused("corpus", verb, "--corpus", folder / "empty", "--out", folder / "out")
     assert f"{folder / 'empty'}: holds no records (0 rejected)" in line
   assert not (folder / "out").exists()
+
+
+def test_a_corpus_without_statements(folder, refused):
+  unknown = Region(0, (4.0, 4.0, 30.0, 30.0), "zeppelin")
+  bare = ImageRecord("good.jpg", 0, 64, 48, (unknown,))
+  source = stage(folder / "words", verbalize.verbalize(bare))
+  line = refused("corpus", "teach", "--corpus", source, "--out", folder / "taught")
+  assert f"{source}: the template teacher has nothing to say about regions labelled ['zeppelin']" in line
+  line = refused("corpus", "judge", "--corpus", source, "--sheet", "--out", folder / "sheet.csv")
+  assert line == f"{source}: has no statements; run `lskd corpus teach` first"
+
+
+def test_a_split_that_no_dataset_can_have(folder, refused):
+  for source in (["scenes"], ["coco", "--annotations", "a.json", "--images", folder / "images"]):
+    line = refused("corpus", "verbalize", "--source", *source, "--split", "val-1", "--out", folder / "words")
+    assert line == "'val-1' cannot name a split; use letters, digits and '_', such as 'val_1'"
+  assert not (folder / "words").exists()
 
 
 def test_a_stage_that_left_nothing(folder, refused):

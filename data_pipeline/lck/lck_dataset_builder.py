@@ -35,7 +35,7 @@ from tqdm import tqdm
 from data_pipeline import images
 from data_pipeline.corpus import READABLE_VERSIONS, outline, read_image_file
 from data_pipeline.manifest import NAME as MANIFEST, new_folder, verify, write_manifest
-from data_pipeline.records import DataError, ImageRecord, record_to_json, to_line, validate
+from data_pipeline.records import DataError, ImageRecord, check_split, record_to_json, to_line, validate
 
 NAME = "lck"
 VERSION = READABLE_VERSIONS[-1]
@@ -133,6 +133,7 @@ def _write_examples(
   serializer = ExampleSerializer(schema.get_serialized_info())
   tally = _Tally()
   seen: set[str] = set()
+  first_reason = ""  # told where nothing is left, since then rejected.jsonl is not left either
   total = len(records) if hasattr(records, "__len__") else None
   with contextlib.ExitStack() as stack:
     splits: dict[str, _Split] = {}
@@ -148,6 +149,7 @@ def _write_examples(
         example = serializer.get_tf_example(encoded).SerializeToString(deterministic=True)
       except (DataError, OverflowError) as error:
         tally.rejected += 1
+        first_reason = first_reason or f"; the first: {error}"
         rejected.write(to_line({"reason": str(error), "where": record.image}))
         continue
       seen.add(record.image)
@@ -157,7 +159,7 @@ def _write_examples(
       splits[record.split].add(example, record)
       tally.add(record)
   if not splits:
-    raise DataError(f"no image to build from ({tally.rejected} rejected); check the image root")
+    raise DataError(f"no image to build from ({tally.rejected} rejected){first_reason}")
   _describe(work, [splits[name].finish() for name in sorted(splits)])
   return tally.contents()
 
@@ -165,8 +167,7 @@ def _write_examples(
 def _read(record: ImageRecord, image_root: Path) -> tuple[ImageRecord, bytes]:
   """The checked record, with its size filled in, and the bytes of its image. DataError says why
   it cannot be in the dataset."""
-  if not re.fullmatch(r"[A-Za-z][A-Za-z0-9_]*", record.split) or record.split == "all":
-    raise DataError(f"{record.image}: {record.split!r} cannot name a split; use letters and digits")
+  check_split(record.split)
   data = read_image_file(image_root, record.image, str(image_root))
   if not data.startswith((b"\xff\xd8\xff", b"\x89PNG")):
     raise DataError(f"{record.image}: is not a PNG or JPEG file; convert it")

@@ -35,6 +35,8 @@ def load_coco(instances: Path | str, captions: Path | str | None = None) -> list
   items: dict[int, dict] = {}
   for place, row in _rows(content, instances, "images"):
     image_id = _get(row, "id", int, place)
+    if image_id < 0:
+      raise DataError(f"{place}: image id {image_id} is negative; number images from 0")
     if image_id in items:
       raise DataError(f"{place}: image id {image_id} is used twice; keep one")
     items[image_id] = {

@@ -3,7 +3,7 @@ from pathlib import Path
 
 from data_pipeline import stages
 from lskd_jax.commands import folders
-from lskd_jax.commands.arguments import add_verb, count, seed, share
+from lskd_jax.commands.arguments import add_verb, count, number, seed, share
 
 
 def add_verbs(verbs) -> None:
@@ -20,9 +20,9 @@ def add_verbs(verbs) -> None:
   p.add_argument("--out", required=True, type=Path, metavar="DIR")
   p.add_argument("--split", default="train", help="split the records belong to (default: train)")
   group = p.add_argument_group("scenes")
-  group.add_argument("--count", type=count, default=1000, help="pictures to draw (default: 1000)")
-  group.add_argument("--seed", type=seed, default=0)
-  group.add_argument("--error-rate", type=share, default=0.25,
+  group.add_argument("--count", type=count, help="pictures to draw (default: 1000)")
+  group.add_argument("--seed", type=seed, help="default: 0")
+  group.add_argument("--error-rate", type=share,
                      help="share of attributes that are misread (default: 0.25)")
   group = p.add_argument_group("coco")
   group.add_argument("--annotations", type=Path, metavar="FILE", help="instances json")
@@ -65,7 +65,7 @@ def add_verbs(verbs) -> None:
   cut = p.add_mutually_exclusive_group()
   cut.add_argument("--target-precision", type=share, metavar="P",
                    help="the lowest cut that reaches this precision (default: the best F1)")
-  cut.add_argument("--min-score", type=float, metavar="X", help="this cut")
+  cut.add_argument("--min-score", type=number, metavar="X", help="this cut")
 
   p = add_verb(verbs, "build", build, "write the dataset, pictures included",
                "lskd corpus build --corpus runs/filtered --out runs/built")
@@ -87,7 +87,7 @@ def add_verbs(verbs) -> None:
   p.add_argument("--image-source", default="", help="for the card: where the pictures come from")
   p.add_argument("--image-licence", default="", help="for the card")
   p.add_argument("--critic", default="", help="for the card: what scored the statements")
-  p.add_argument("--threshold", type=float, help="for the card: the score to read with")
+  p.add_argument("--threshold", type=number, help="for the card: the score to read with")
   p.add_argument("--notes", default="", help="for the card, in Markdown")
   p.add_argument("--overwrite", action="store_true", help="replace another dataset of that name")
 
@@ -101,9 +101,13 @@ def _folders(parser) -> None:
 def verbalize(args) -> None:
   """Draws scenes, or reads photographs with boxes, and describes them."""
   from data_pipeline import corpus_stages
+  scenes = {"count": 1000, "seed": 0, "error_rate": 0.25}
+  for name in ("annotations", "captions", "images") if args.source == "scenes" else scenes:
+    if getattr(args, name) is not None:
+      args.parser.error(f"--{name.replace('_', '-')} is not for --source {args.source}")
   if args.source == "scenes":
-    summary = corpus_stages.verbalize_scenes(args.out, args.count, args.seed, args.error_rate,
-                                             split=args.split)
+    given = {name: getattr(args, name) for name in scenes if getattr(args, name) is not None}
+    summary = corpus_stages.verbalize_scenes(args.out, **scenes | given, split=args.split)
     root = args.out / "images"
   else:
     for name in ("annotations", "images"):
@@ -134,7 +138,11 @@ def judge(args) -> None:
 
   from data_pipeline import judge
   from data_pipeline.records import DataError
+  if args.out.suffix == ".csv" and not args.sheet:
+    raise DataError(f"--out {args.out}: judgements are written as .jsonl; .csv is for --sheet")
   records = list(stages.read_records(args.corpus))
+  if not any(record.statements for record in records):
+    raise DataError(f"{args.corpus}: has no statements; run `lskd corpus teach` first")
   with folders.new_file(args.out) as draft:
     if args.sheet:
       written = judge.write_sheet(records, args.share, draft, args.seed)
@@ -163,6 +171,7 @@ def score(args) -> None:
   from lskd_jax import scoring
   root = folders.image_root(args.corpus, args.images)
   scored = scoring.score_stages(args.corpus, root, args.model, args.out, args.judgements)
+  stages.open_shards(args.out)  # says so if there is nothing
   folders.note_images(args.out, root)
   folders.say_what_came(scored.summary, args.out, f"lskd corpus filter --corpus {args.out} "
                         f"--judgements {args.judgements or 'FILE'} --out DIR")
@@ -177,7 +186,9 @@ def filter_(args) -> None:
                     args.min_score)
   summary = filtering.filter_corpus(args.corpus, args.out)
   folders.note_images(args.out, folders.image_root(args.corpus, needed=False))
-  if cut is not None:
+  if cut is None:
+    (args.out / folders.CUT).unlink(missing_ok=True)  # of an earlier call
+  else:
     stages.write_json(args.out / folders.CUT, cut)
   folders.say_what_came(summary, args.out, f"lskd corpus build --corpus {args.out} --out DIR",
                         f"lskd corpus report --corpus {args.out} --out FILE.html")

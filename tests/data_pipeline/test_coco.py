@@ -181,6 +181,7 @@ def without(key, *path):
     (content(annotation(1, [0, 0, 2, 2], category_id=4)), "category_id 4 is not in"),
     (content(annotation("x", [0, 0, 2, 2])), r"annotations\[0\]: key 'id' is 'x'"),
     (content() | {"images": [content()["images"][0]] * 2}, "image id 7 is used twice"),
+    (content() | {"images": [content()["images"][0] | {"id": -1}]}, "image id -1 is negative"),
     (content() | {"images": [3]}, r"images\[0\]: expected an object"),
   ],
 )
@@ -209,8 +210,13 @@ def test_real_photographs(tmp_path):
     assert record.extra["licence"] and all(region.label for region in record.regions)
 
 
-def test_a_wrong_image_folder_is_an_error_and_not_an_empty_import(folder):
+def test_after_a_wrong_image_folder_the_right_one_is_read(folder):
+  instances, out = write(folder, content()), folder / "out"
+  with pytest.raises(DataError, match="nowhere: is not a folder"):
+    verbalize_photographs(instances, folder / "nowhere", out, progress=False)
+  (folder / "wrong").mkdir()
   with pytest.raises(DataError, match=r"holds no records \(2 rejected\)"):
-    verbalize_photographs(
-      write(folder, content()), folder / "nowhere", folder / "out", progress=False
-    )
+    verbalize_photographs(instances, folder / "wrong", out, progress=False)
+  assert len(reasons(folder)) == 2
+  assert verbalize_photographs(instances, folder, out, progress=False)["records"] == 2
+  assert len(list(stages.read_records(out))) == 2 and reasons(folder) == []

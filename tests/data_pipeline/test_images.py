@@ -94,6 +94,8 @@ def test_bad_files_are_named(tmp_path, content, fault):
       images.decode(content, name="bad.jpg")
   with pytest.raises(DataError, match=f"bad.jpg: .*({fault}).*;"):
     images.read_image(path)
+  with pytest.raises(DataError, match=f"bad.jpg: .*({fault}).*;"):
+    images.image_size(path)
 
 
 def test_a_folder_is_not_an_image(tmp_path):

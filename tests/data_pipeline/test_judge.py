@@ -107,6 +107,18 @@ def test_judgement_files_round_trip(tmp_path):
   assert math.isnan(judge.read_judgements(tmp_path / "k.jsonl")[0].answer_score)
 
 
+def test_several_people_judge_a_statement_together(tmp_path):
+  path = tmp_path / "sheets.csv"
+  path.write_text(
+    "index,accept,answer_score,rationale_score,judge\n"
+    "a,1,1,,ann\nb,1,,,ann\na,0,0.5,0,bob\nb,0,,,bob\na,yes,,0.5,cleo\nb,,,,cleo\n"
+  )
+  first, second = judge.read_judgements(path)
+  assert first == Judgement("a", 1, 0.75, 0.25, "ann, bob, cleo")
+  assert (second.index, second.accept, second.judge) == ("b", 0, "ann, bob")  # half is not enough
+  assert math.isnan(second.answer_score)
+
+
 def test_files_that_cannot_be_read_name_the_line(tmp_path):
   path = tmp_path / "j.jsonl"
   for row, fault in [

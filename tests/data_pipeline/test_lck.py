@@ -227,7 +227,7 @@ def test_a_size_that_is_not_known_yet_is_filled_in(root, tmp_path):
 
 
 def test_nothing_to_build_from_is_an_error_and_leaves_nothing(root, tmp_path):
-  with pytest.raises(DataError, match=r"no image to build from \(1 rejected\)"):
+  with pytest.raises(DataError, match=r"no image to build from \(1 rejected\); the first: .*No such"):
     build_lck([ImageRecord("gone.png", 1, 8, 8, ())], root, tmp_path, progress=False)
   assert not list((tmp_path / "lck" / "default").iterdir())
 

@@ -142,6 +142,17 @@ def test_finished_shards_are_skipped_and_their_number_is_said(tmp_path, capsys):
   assert "count: 2 of 3 shards were already done" in capsys.readouterr().err
 
 
+def test_a_stage_that_kept_nothing_is_run_again(tmp_path):
+  def refuses(number):
+    raise DataError("no picture of it in this folder")
+
+  assert run(tmp_path, do=refuses)["rejected"] == 10
+  assert len(list(tmp_path.glob("rejected-*.jsonl"))) == 3  # to read until then
+  summary = run(tmp_path)
+  assert (summary["records"], summary["rejected"]) == (8, 2)
+  assert len(list(stages.read_records(tmp_path))) == 8
+
+
 @pytest.mark.parametrize(
   "change, culprit",
   [

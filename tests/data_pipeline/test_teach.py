@@ -132,6 +132,19 @@ def test_the_same_seed_writes_the_same_statements():
   assert teach.teach_record(record, seed=2).statements != record.statements
 
 
+def test_an_index_names_what_is_said_of_which_picture():
+  """Judgements are found by it: it must not mean another statement in a corpus that was taught anew."""
+  said, count = {}, 0
+  for pictures in (0, 1):
+    for record, _ in scenes.scene_records(pictures, 20):
+      for seed in range(4):
+        for s in teach.teach_record(verbalize.verbalize(record, 0), seed).statements:
+          text = (record.image, s.question, s.answer, s.rationale)
+          assert said.setdefault(s.index, text) == text
+          count += 1
+  assert len(set(said.values())) == len(said) < count  # one index for each, whenever it is said
+
+
 def test_silence_where_nothing_is_known():
   assert teach.teach(_record({}), np.random.default_rng(0)) == ()
   assert teach.teach(_record({0: "a thing"}), np.random.default_rng(0)) == ()

@@ -70,6 +70,10 @@ def test_help_is_quick_and_leaves_jax_alone():
   [], ["corpus"], ["paint"], ["corpus", "teach"], ["score", "--region", "1,2,3"],
   ["corpus", "verbalize", "--source", "scenes", "--out", "x", "--count", "0"],
   ["corpus", "verbalize", "--source", "coco", "--out", "x"],
+  "corpus verbalize --source coco --annotations a --images b --out x --count 5".split(),
+  "corpus verbalize --source scenes --images b --out x".split(),
+  "corpus filter --corpus x --out y --min-score nan".split(),
+  "corpus publish --corpus x --out y --threshold inf".split(),
   ["ask", "--model", "m", "--image", "i", "--question", "q", "--top-k", "3"],
   ["train", "--config", "a", "--workdir", "b", "--devices-per-process", "2"],
   ["demo", "--config.optim.steps=2"], ["train", "--config", "a", "--workdir", "b", "--confi.x=1"],
@@ -194,6 +198,13 @@ def test_judgements_are_never_overwritten(road, capsys):
   assert os.listdir(sheet.parent) == ["sheet.csv"]
 
 
+def test_judgements_are_not_written_as_csv(road, capsys):
+  words = ["corpus", "judge", "--corpus", road / "taught", "--out", road / "judged.csv"]
+  assert cli.main(list(map(str, words))) == 1
+  assert f"--out {road / 'judged.csv'}: judgements are written as .jsonl" in capsys.readouterr().err
+  assert not (road / "judged.csv").exists()
+
+
 def test_scores_come_from_the_judgements(road, scored, capsys):
   capsys.readouterr()
   lskd("corpus", "score", "--corpus", road / "taught", "--model", road / "model",
@@ -202,6 +213,16 @@ def test_scores_come_from_the_judgements(road, scored, capsys):
   assert "scores: P(accept), fitted to 32 judgements" in said
   assert all(0 < s.score < 1 for r in stages.read_records(scored) for s in r.statements)
   assert json.loads((scored / "critic.json").read_text())["judgements"] == 32
+
+
+def test_a_critic_that_saw_no_picture_is_an_error_that_can_be_mended(road, tmp_path, capsys):
+  (tmp_path / "empty").mkdir()
+  words = ["corpus", "score", "--corpus", road / "taught", "--out", tmp_path / "out",
+           "--model", make_model(tmp_path / "critic", "critic")]
+  assert cli.main([*map(str, words), "--images", str(tmp_path / "empty")]) == 1
+  assert f"{tmp_path / 'out'}: holds no records (8 rejected)" in capsys.readouterr().err
+  lskd(*words)
+  assert all(s.score is not None for r in stages.read_records(tmp_path / "out") for s in r.statements)
 
 
 def test_from_scores_to_a_published_dataset(road, scored, capsys):
@@ -232,13 +253,14 @@ def test_from_scores_to_a_published_dataset(road, scored, capsys):
   assert len(open_corpus(published)) == 8
 
 
-@pytest.mark.parametrize("words,said", [
-  (["--min-score", 0.0], "cut: 0.0000 (given) keeps 64 of 64 statements"),
-  ([], "no cut: give --judgements or --min-score"),
-])
-def test_a_cut_can_be_given_or_left_out(road, scored, tmp_path, capsys, words, said):
-  lskd("corpus", "filter", "--corpus", scored, "--out", tmp_path / "filtered", *words)
-  assert said in capsys.readouterr().out
+def test_a_cut_can_be_given_and_left_out_again(road, scored, tmp_path, capsys):
+  out = tmp_path / "filtered"
+  lskd("corpus", "filter", "--corpus", scored, "--out", out, "--min-score", 0.0)
+  assert "cut: 0.0000 (given) keeps 64 of 64 statements" in capsys.readouterr().out
+  assert json.loads((out / "cut.json").read_text())["cut"] == 0
+  lskd("corpus", "filter", "--corpus", scored, "--out", out)
+  assert "no cut: give --judgements or --min-score" in capsys.readouterr().out
+  assert not (out / "cut.json").exists()
 
 
 def test_a_benchmark_leaves_metrics_and_predictions(road, capsys):

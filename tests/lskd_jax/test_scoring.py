@@ -7,8 +7,9 @@ import numpy as np
 from PIL import Image
 import pytest
 
-from data_pipeline import corpus_stages, stages
+from data_pipeline import corpus_stages, judge, stages
 from data_pipeline.corpus import corpus_of, read_image_file
+from data_pipeline.judge import Judgement
 from data_pipeline.records import DataError, ImageRecord, Region, Statement
 from lskd_jax import evidence, parallel, predictor, scoring
 from lskd_jax.models import build
@@ -159,6 +160,29 @@ def test_a_stage_keeps_what_it_can_and_lists_the_rest(folder, records, tmp_path)
   critic = evidence.uncalibrated([scoring.evidence_of(s) for s in kept])
   np.testing.assert_allclose([s.score for s in kept],
                              critic.scores([scoring.evidence_of(s) for s in kept]))
+
+
+def test_more_judgements_need_no_new_likelihoods(folder, records, tmp_path):
+  """The student's pass over the corpus takes hours, the fit a moment."""
+  out, model, images = tmp_path / "out", folder / "student", folder / "words" / "images"
+  indices = [s.index for record in records for s in record.statements]
+  judge.write_judgements(tmp_path / "few.jsonl", [Judgement(i, k % 2) for k, i in enumerate(indices[:12])])
+  judge.write_judgements(tmp_path / "all.jsonl", [Judgement(i, k % 2) for k, i in enumerate(indices)])
+  judge.write_judgements(tmp_path / "other.jsonl", [Judgement("of another corpus", 1)])
+  for name, error in (("missing", "cannot be read"), ("other", "give the judgements of this corpus")):
+    with pytest.raises(DataError, match=error):
+      scoring.score_stages(folder / "taught", images, model, out, tmp_path / f"{name}.jsonl")
+  assert not out.exists()  # found before the pass
+  first = scoring.score_stages(folder / "taught", images, model, out, tmp_path / "few.jsonl")
+  with pytest.raises(DataError, match="delete the files in this folder; folders in it can stay"):
+    scoring.score_stages(folder / "taught", images, model, out, tmp_path / "all.jsonl")
+  said = {path: path.stat().st_mtime_ns for path in (out / "likelihoods").iterdir()}
+  for path in out.iterdir():
+    if path.is_file():
+      path.unlink()
+  second = scoring.score_stages(folder / "taught", images, model, out, tmp_path / "all.jsonl")
+  assert "fitted to 12 judgements" in first.worth and f"fitted to {len(indices)}" in second.worth
+  assert {path: path.stat().st_mtime_ns for path in (out / "likelihoods").iterdir()} == said
 
 
 def test_another_model_is_another_stage(folder, tmp_path):
