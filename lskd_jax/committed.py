@@ -43,8 +43,7 @@ def commit(folder: epath.Path, marker: dict) -> None:
     marker: what it says. The names and sizes of the folder's files are added, so that a copy that
       was cut off is noticed without reading the arrays.
   """
-  marker = marker | {"files": _files(folder)}
-  write_whole(folder / MARKER, json.dumps(marker, indent=1, sort_keys=True) + "\n")
+  _mark(folder, marker | {"files": _files(folder)})
   _sync(folder.parent)
 
 
@@ -52,6 +51,10 @@ def add_metrics(folder: epath.Path, metrics: dict[str, float]) -> None:
   """Writes the marker of a committed step anew, with more metrics."""
   marker = json.loads((folder / MARKER).read_text())
   marker["metrics"] |= {name: float(value) for name, value in metrics.items()}
+  _mark(folder, marker)
+
+
+def _mark(folder: epath.Path, marker: dict) -> None:
   write_whole(folder / MARKER, json.dumps(marker, indent=1, sort_keys=True) + "\n")
 
 

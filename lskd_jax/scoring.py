@@ -7,9 +7,7 @@ regions in order of id where the model has a slot for each, else those it mentio
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 import dataclasses
-import hashlib
 import itertools
-import json
 from pathlib import Path
 from typing import NamedTuple
 
@@ -27,6 +25,7 @@ from data_pipeline.images import decode
 from data_pipeline.records import DataError, ImageRecord, Statement, statement_mentions, validate
 from data_pipeline.texts import TextEncoder, put_slots, statement_texts, text_encoder
 from lskd_jax import checkpoint, evidence, parallel, trees
+from lskd_jax.committed import digest
 from lskd_jax.evaluate.candidates import Scorer, in_batches
 from lskd_jax.evidence import Evidence, EvidenceCritic, evidence_features
 from lskd_jax.models import build
@@ -162,7 +161,7 @@ def score_stages(source: Path | str, image_root: Path | str, model_dir: Path | s
     return [[own.get(s.index, p) for s, p in zip(r.statements, critic.scores(
         [evidence_of(s) for s in r.statements]).tolist())] for r in records]
 
-  options["judgements"] = accept and _digest(sorted(accept.items()))
+  options["judgements"] = accept and digest(sorted(accept.items()))[:16]
   summary = corpus_stages.score_corpus(out / "likelihoods", out, score, options)
   stages.write_json(out / "critic.json", critic.to_json())
   return Scored({**summary, "rejected": summary["rejected"] + said["rejected"]}, worth)
@@ -205,11 +204,7 @@ def model_digest(directory: Path | str) -> str:
   """A hash of what a model directory holds: its config and the fingerprints of its parameters."""
   about = [checkpoint.load_config(directory),
            trees.read_manifest(epath.Path(directory).absolute() / "params")]
-  return _digest(about)
-
-
-def _digest(value) -> str:
-  return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:16]
+  return digest(about)[:16]
 
 
 class _Groups:
