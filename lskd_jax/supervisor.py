@@ -197,9 +197,10 @@ def _run_once(command, processes, variables: dict, logs: Path, linger, caught, s
             say(f"process {i} ended with {describe(shell_code(child.returncode))}")
             if child.returncode and deadline is None:
               deadline = time.monotonic() + linger
-        if len(caught) > passed_on:
+        heard = len(caught)  # read once: a signal may come while the one before is passed on
+        if heard > passed_on:
           _signal_all(running, signal.SIGKILL if passed_on else signal.SIGTERM)
-          passed_on = len(caught)
+          passed_on = heard
         if deadline is not None and running and time.monotonic() > deadline:
           say(f"process{'es' if len(running) > 1 else ''} {', '.join(map(str, running))} still there: "
               f"{next_signal.name}")

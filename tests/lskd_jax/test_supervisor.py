@@ -198,9 +198,9 @@ SAVES = """
 @pytest.fixture
 def supervisor(tmp_path):
   """Starts a supervisor of two processes in a process of its own, and returns it when they are ready."""
-  def start(body):
+  def start(body, before="pass"):
     command = script(tmp_path, body)
-    code = (f"import sys; from lskd_jax.supervisor import *; "
+    code = (f"{before}\nimport sys; from lskd_jax.supervisor import *; "
             f"sys.exit(supervise({command!r}, 2, {str(tmp_path)!r}, linger=5.0))")
     process = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, stderr=subprocess.PIPE, text=True)
     started.append(process)
@@ -239,10 +239,27 @@ def test_a_closed_terminal_lets_all_processes_save(supervisor, tmp_path):
   assert process.wait(timeout=30) == 42 and durable_step(tmp_path) == 0
 
 
+LINGERS = SAVES.replace("sys.exit(42)", "(workdir / 'heard').touch()\n      time.sleep(60)")
+
+
 def test_a_second_signal_kills(supervisor, tmp_path):
-  process = supervisor(SAVES.replace("sys.exit(42)", "(workdir / 'heard').touch()\n      time.sleep(60)"))
+  process = supervisor(LINGERS)
   process.send_signal(signal.SIGINT)
   wait_for((tmp_path / "heard").exists)
+  process.send_signal(signal.SIGTERM)
+  process.communicate(timeout=30)
+  assert process.returncode == 137
+
+
+def test_a_second_signal_kills_also_while_the_first_is_passed_on(supervisor):
+  process = supervisor(LINGERS, before=textwrap.dedent("""
+      import os, signal, subprocess
+      send = subprocess.Popen.send_signal
+      def send_and_get_another(child, number):
+        send(child, number)
+        os.kill(os.getpid(), signal.SIGTERM)
+      subprocess.Popen.send_signal = send_and_get_another
+      """))
   process.send_signal(signal.SIGTERM)
   process.communicate(timeout=30)
   assert process.returncode == 137
