@@ -54,7 +54,7 @@ class Preemption:
         due = stop.at_boundary(step)  # None, "save" or "stop", the same on all processes
 
   Args:
-    term: where SIGTERM is noticed; None leaves it to others, as in tests and notebooks.
+    term: where SIGTERM and SIGHUP are noticed; None leaves it to others, as in tests and notebooks.
     leave: ends the process from a thread; for tests.
   """
 
@@ -122,15 +122,15 @@ class Preemption:
       self._changed.wait_for(lambda: self._stop.proposal is not None)
 
   def keep_handler(self) -> None:
-    """Warns once if something has replaced our signal handler, and puts it back."""
-    culprit = self._term and self._term.keep()
-    if culprit and not self._warned:
+    """Warns once if something has replaced our signal handlers, and puts them back."""
+    replaced = self._term and self._term.keep()
+    if replaced and not self._warned:
       self._warned = True
-      errors.say(f"lskd: warning: {culprit} replaced the handler of SIGTERM; it is ours again. Preemptions "
-                 "in between would have been missed")
+      errors.say(f"lskd: warning: {replaced}; it is ours again. Preemptions in between would have been "
+                 "missed")
 
   def close(self) -> None:
-    """Ends the thread and gives SIGTERM back: the run is over."""
+    """Ends the thread and gives the signals back: the run is over."""
     self._closed.set()
     if self._thread.is_alive():
       self._thread.join(timeout=5)
@@ -143,8 +143,8 @@ class Preemption:
     while not self._closed.is_set():
       if self._term is None:
         self._closed.wait(LOOK_EVERY)
-      elif self._term.wait(LOOK_EVERY):
-        self.ask("stop", "SIGTERM")
+      elif received := self._term.wait(LOOK_EVERY):
+        self.ask("stop", received)
       try:
         self._look()
       except Exception as error:  # process 0, which keeps what processes say, cannot be reached
@@ -207,7 +207,7 @@ class Preemption:
 
 
 def install() -> Preemption:
-  """Takes SIGTERM over, for this process's main thread, and asks Google's metadata server.
+  """Takes SIGTERM and SIGHUP over, for this process's main thread, and asks Google's metadata server.
 
   Call it as early as possible: what comes before ends the process without an exit code of ours. From here
   on SIGUSR1 prints the stacks of all threads, and SIGUSR2, which asks for a profile, ends no process that

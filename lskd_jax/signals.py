@@ -1,4 +1,4 @@
-"""Notices that a machine is about to go: SIGTERM, and the preempted flag of Google's metadata server."""
+"""Notices that a run is to end: SIGTERM, SIGHUP, and the preempted flag of Google's metadata server."""
 import ctypes
 import os
 import select
@@ -13,54 +13,61 @@ FLAG = "/computeMetadata/v1/instance/preempted"
 class Term:
   """SIGTERM, noticed by a thread also while the main thread is in a compile or a blocked collective.
 
-  There Python's handlers do not run, but its C handler writes the signal's number to a pipe at once.
-  Make it in the main thread; a second SIGTERM changes nothing, and other signals are left alone.
+  There Python's handlers do not run, but its C handler writes the signal's number to a pipe at once. SIGHUP,
+  of a terminal that closes, means the same unless `nohup` has it ignored. Make it in the main thread; a
+  second signal changes nothing, and other signals are left alone.
   """
 
   def __init__(self):
-    self._received = self._closed = False
-    self._before = signal.getsignal(signal.SIGTERM)
+    self._received, self._closed = None, False
+    self._before = {signal.SIGTERM: signal.getsignal(signal.SIGTERM)}
+    if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:
+      self._before[signal.SIGHUP] = signal.getsignal(signal.SIGHUP)
     self._read, self._write = os.pipe()
     os.set_blocking(self._write, False)
     self._own()
 
   def _own(self) -> None:
-    signal.signal(signal.SIGTERM, self._handle)
+    for number in self._before:
+      signal.signal(number, self._handle)
     signal.set_wakeup_fd(self._write, warn_on_full_buffer=False)
-    self._address = kernel_handler(signal.SIGTERM)
+    self._address = kernel_handler(signal.SIGTERM)  # Python has one for all signals
 
   def _handle(self, number, frame) -> None:
-    self._received = True  # no lock here: the main thread may hold it
+    self._received = signal.Signals(number).name  # no lock here: the main thread may hold it
 
-  def wait(self, seconds: float) -> bool:
-    """Whether SIGTERM has come; waits up to `seconds` for it."""
+  def wait(self, seconds: float) -> str | None:
+    """The name of the signal that has come, None without one; waits up to `seconds` for it."""
     if select.select([self._read], [], [], seconds)[0]:
-      self._received |= signal.SIGTERM in os.read(self._read, 4096)
+      for number in self._before.keys() & set(os.read(self._read, 4096)):
+        self._received = signal.Signals(number).name
     return self._received
 
   def keep(self) -> str | None:
-    """Puts our handler back if it was replaced, and returns who did; None if all is well.
+    """Puts our handlers back if one was replaced, and returns by whom and of what; None if all is well."""
+    found = [f"{culprit} replaced the handler of {number.name}"
+             for number in self._before if (culprit := self._culprit(number))]
+    if not found and signal.set_wakeup_fd(self._write, warn_on_full_buffer=False) != self._write:
+      found = ["a user of signal.set_wakeup_fd replaced the pipe of signals"]
+    if found:
+      self._own()
+    return found[0] if found else None
 
-    Python's own table does not know of handlers that C code installs, so the kernel's is compared too.
-    """
-    python, address = signal.getsignal(signal.SIGTERM), kernel_handler(signal.SIGTERM)
+  def _culprit(self, number: signal.Signals) -> str | None:
+    """Who has a signal now; None if we do. Python's own table does not know of handlers that C code
+    installs, so the kernel's is compared too."""
+    python, address = signal.getsignal(number), kernel_handler(number)
     if python != self._handle:
       module = getattr(python, "__module__", None)
-      culprit = f"Python code in {module}" if module and callable(python) else f"Python code ({python})"
-    elif address != self._address:
-      culprit = f"a C library ({library_of(address)})"
-    elif signal.set_wakeup_fd(self._write, warn_on_full_buffer=False) != self._write:
-      culprit = "a user of signal.set_wakeup_fd"
-    else:
-      return None
-    self._own()
-    return culprit
+      return f"Python code in {module}" if module and callable(python) else f"Python code ({python})"
+    return None if address == self._address else f"a C library ({library_of(address)})"
 
   def close(self) -> None:
     """Restores what was there before."""
     if not self._closed:
       self._closed = True
-      signal.signal(signal.SIGTERM, self._before)
+      for number, handler in self._before.items():
+        signal.signal(number, handler)
       signal.set_wakeup_fd(-1)
 
 

@@ -195,8 +195,8 @@ def test_sigterm_is_noticed_by_a_thread_while_the_main_thread_cannot_run_handler
   killer = threading.Timer(0.01, os.kill, (os.getpid(), signal.SIGTERM))
   killer.start()
   hashlib.pbkdf2_hmac("sha256", b"", b"", 3_000_000)  # a second or two in C
-  assert found == [True]
-  assert term.wait(0)  # and stays true
+  assert found == ["SIGTERM"]
+  assert term.wait(0) == "SIGTERM"  # and stays so
 
 
 def test_nothing_is_said_while_the_handler_is_ours(term):
@@ -206,7 +206,7 @@ def test_nothing_is_said_while_the_handler_is_ours(term):
 
 def test_a_python_handler_installed_later_is_named_and_replaced(term):
   signal.signal(signal.SIGTERM, subprocess.list2cmdline)
-  assert term.keep() == "Python code in subprocess"
+  assert term.keep() == "Python code in subprocess replaced the handler of SIGTERM"
   assert term.keep() is None
   os.kill(os.getpid(), signal.SIGTERM)
   assert term.wait(LONG)
@@ -217,7 +217,7 @@ def test_a_handler_installed_by_c_code_is_named_and_replaced(term):
   libc = ctypes.CDLL("libc.so.6")
   libc.signal.argtypes = ctypes.c_int, ctypes.c_void_p
   libc.signal(signal.SIGTERM, ctypes.cast(libc.abs, ctypes.c_void_p))
-  assert term.keep() == "a C library (libc.so.6)"
+  assert term.keep() == "a C library (libc.so.6) replaced the handler of SIGTERM"
   assert term.keep() is None
 
 
@@ -228,6 +228,17 @@ def test_a_replaced_handler_is_warned_about_once(term, capsys):
     stop.keep_handler()
   stop.close()
   assert capsys.readouterr().err.count("replaced the handler of SIGTERM") == 1
+
+
+@pytest.mark.parametrize("ignored", [False, True])
+def test_a_closed_terminal_ends_a_run_unless_nohup_has_its_signal_ignored(ignored):
+  script = ("import os, signal, time\nfrom lskd_jax import preemption\n"
+            f"signal.signal(signal.SIGHUP, signal.SIG_{'IGN' if ignored else 'DFL'})\n"
+            "preemption.install()\nos.kill(os.getpid(), signal.SIGHUP)\n"
+            f"time.sleep({0.5 if ignored else 60})")
+  child = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=60)
+  assert child.returncode == (0 if ignored else PREEMPTED)
+  assert ("SIGHUP: there is nothing to save yet" in child.stderr) != ignored
 
 
 def test_sigterm_before_training_ends_with_43_also_when_it_comes_twice(tmp_path):
