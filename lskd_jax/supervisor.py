@@ -132,7 +132,7 @@ def supervise(command: list[str], processes: int, workdir: Path | str, *, device
   Each process gets `--processes N --process-id I --coordinator localhost:PORT` and its own set of
   `devices` CPU devices, and writes to `workdir/logs/process-I.log`; process 0 to the terminal, too.
   SIGTERM, SIGINT and SIGHUP become SIGTERM for all of them: they save and end, and are not started
-  again. A second signal kills them.
+  again. A second SIGTERM or SIGINT kills them.
 
   Args:
     linger: seconds that the others have to end by themselves once one process ended with a code
@@ -260,10 +260,15 @@ def _free_port() -> int:
 def _caught_signals():
   """A list that grows by each SIGTERM, SIGINT and SIGHUP; what was there before comes back at the end.
 
-  SIGHUP, of a closed terminal, stays ignored where `nohup` has it so.
+  A terminal that closes sends several SIGHUPs, of its shell and of the kernel: only the first signal may be
+  one. It stays ignored where `nohup` has it so.
   """
   caught = []
-  handle = lambda number, frame: caught.append(signal.Signals(number))
+
+  def handle(number, frame):
+    if not (caught and number == signal.SIGHUP):
+      caught.append(signal.Signals(number))
+
   numbers = [signal.SIGTERM, signal.SIGINT]
   if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:
     numbers.append(signal.SIGHUP)

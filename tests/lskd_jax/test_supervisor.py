@@ -239,16 +239,30 @@ def test_a_closed_terminal_lets_all_processes_save(supervisor, tmp_path):
   assert process.wait(timeout=30) == 42 and durable_step(tmp_path) == 0
 
 
-LINGERS = SAVES.replace("sys.exit(42)", "(workdir / 'heard').touch()\n      time.sleep(60)")
+LINGERS = SAVES.replace("sys.exit(42)", "(workdir / 'heard').touch()\n      while not (workdir / 'end').exists():"
+                        "\n        time.sleep(0.01)\n      sys.exit(42)")
 
 
-def test_a_second_signal_kills(supervisor, tmp_path):
+@pytest.mark.parametrize("first", [signal.SIGINT, signal.SIGHUP])
+def test_a_second_signal_kills(supervisor, tmp_path, first):
   process = supervisor(LINGERS)
-  process.send_signal(signal.SIGINT)
+  process.send_signal(first)
   wait_for((tmp_path / "heard").exists)
   process.send_signal(signal.SIGTERM)
   process.communicate(timeout=30)
   assert process.returncode == 137
+
+
+def test_a_terminal_that_closes_sends_two_signals_which_are_one_notice(supervisor, tmp_path):
+  """Of its shell and of the kernel."""
+  process = supervisor(LINGERS)
+  process.send_signal(signal.SIGHUP)
+  wait_for((tmp_path / "heard").exists)
+  process.send_signal(signal.SIGHUP)
+  time.sleep(0.2)  # longer than it takes to kill
+  (tmp_path / "end").touch()
+  process.communicate(timeout=30)
+  assert process.returncode == 42
 
 
 def test_a_second_signal_kills_also_while_the_first_is_passed_on(supervisor):
