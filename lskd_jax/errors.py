@@ -44,7 +44,7 @@ def is_about_input(error: BaseException) -> bool:
   not, and keeps its traceback.
   """
   if isinstance(error, OSError):
-    return error.filename is not None or error.errno in (errno.ENOSPC, errno.EDQUOT)
+    return error.filename is not None or is_full_disk(error)
   if type(error).__module__.split(".")[0] in OURS:
     return True
   trace = error.__traceback__
@@ -53,11 +53,16 @@ def is_about_input(error: BaseException) -> bool:
   return trace.tb_frame.f_globals.get("__name__", "").split(".")[0] in OURS
 
 
+def is_full_disk(error: BaseException) -> bool:
+  """Whether an error, or the one it was raised from, says that a disk or a quota is full."""
+  full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
+  return full or error.__cause__ is not None and is_full_disk(error.__cause__)
+
+
 def in_one_line(error: BaseException) -> str:
   """The message without line breaks; for the system's errors, the file and what it refused."""
   if isinstance(error, OSError):
     where = f"{error.filename}: " if error.filename else ""
-    full = error.errno in (errno.ENOSPC, errno.EDQUOT)
-    advice = "the disk is full; free some space and run again" if full else error.strerror
-    return f"{where}{advice}"
+    full = "the disk is full; free some space and run again"
+    return f"{where}{full if is_full_disk(error) else error.strerror}"
   return " ".join(str(error).split())

@@ -5,7 +5,7 @@
 | 0 | the work is done | no |
 | 1, 2 | something in the input or the arguments has to be mended | no |
 | 3 | the loss or its gradient was not finite several steps in a row | no |
-| 4 | a checkpoint could not be written; the last good one is kept | no |
+| 4 | the disk is full, or a checkpoint could not be written; the last good one is kept | no |
 | 42 | preempted, and a checkpoint of this very step is committed | yes |
 | 43 | preempted before a save could finish; the last committed step counts | yes |
 | 130 | interrupted by hand | no |

@@ -111,13 +111,14 @@ class leaving_at_once:
   """Within it, an error ends a process of several at once, with its exit code and a crash record.
 
   The others would otherwise wait for it, and it for them, until the heartbeat times out. A run of one
-  process raises as usual.
+  process raises as usual. A full disk has the exit code of a checkpoint that cannot be written, whatever
+  met it first.
 
       with leaving_at_once(workdir, stop):
         ...
 
   Args:
-    workdir: where the crash record goes.
+    workdir: where the crash record goes; also what is full if an error about that names no file.
     stop: `preemption.Preemption`: peers that are lost while the run stops are preempted.
   """
 
@@ -128,6 +129,10 @@ class leaving_at_once:
     return self
 
   def __exit__(self, kind, error, trace):
+    if error is not None and errors.is_full_disk(error):
+      error.exit_code = exit_codes.CANNOT_SAVE
+      if isinstance(error, OSError) and error.filename is None:
+        error.filename = str(self._workdir)
     found = store()
     if error is None or found.count == 1:
       return

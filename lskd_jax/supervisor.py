@@ -233,7 +233,8 @@ def _pass_output(outputs, timeout: float) -> bool:
       outputs.unregister(key.fileobj)
       continue
     some = True
-    log.write(data)
+    with contextlib.suppress(OSError):  # a full disk is for the run itself to notice
+      log.write(data)
     with contextlib.suppress(OSError):  # nobody reads any more; the run goes on
       target.write(decoder.decode(data))
       target.flush()
@@ -287,9 +288,9 @@ def _sleep(seconds: float, caught: list) -> None:
 
 
 def _reporter(path: Path) -> Callable[[str], None]:
-  """Prints a line, and adds it with the time to a file."""
+  """Prints a line, and adds it with the time to a file, if that can be written."""
   def say(text: str) -> None:
-    with path.open("a") as log:
+    with contextlib.suppress(OSError), path.open("a") as log:
       log.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {text}\n")
     errors.say(f"supervisor: {text}")
   return say

@@ -185,6 +185,16 @@ def test_process_0_is_seen_in_the_terminal_and_logs_are_continued(tmp_path, capf
   assert "restarting 1/5" in (tmp_path / "logs" / "supervisor.log").read_text()
 
 
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs a file that takes nothing")
+def test_logs_on_a_full_disk_do_not_end_a_run(tmp_path, capfd):
+  (tmp_path / "logs").mkdir()
+  for name in ("process-0", "supervisor"):
+    (tmp_path / "logs" / f"{name}.log").symlink_to("/dev/full")
+  assert run(tmp_path, "if i == 0:\n  print('a result')") == 0
+  shown = capfd.readouterr()
+  assert shown.out == "a result\n" and "supervisor: done" in shown.err
+
+
 SAVES = """
     def save(*_):
       commit(turn)
