@@ -1,13 +1,16 @@
-"""Notices that a run is to end: SIGTERM, SIGHUP, and the preempted flag of Google's metadata server."""
+"""Notices that a process is to end: SIGTERM, SIGHUP, the preempted flag of Google's metadata server, and the
+end of its parent."""
 import ctypes
 import os
 import select
 import signal
+import sys
 import threading
 import time
 
 METADATA = "metadata.google.internal"
 FLAG = "/computeMetadata/v1/instance/preempted"
+LIBC = ctypes.CDLL(None)  # here: in a child between fork and exec it may wait for the lock of a lost thread
 
 
 class Term:
@@ -74,7 +77,7 @@ class Term:
 def kernel_handler(number: int) -> int:
   """The address of the function that the system calls for a signal; 0 is the default, 1 ignores it."""
   action = (ctypes.c_size_t * 64)()  # struct sigaction begins with the address; 64 words hold any
-  if ctypes.CDLL(None).sigaction(number, None, ctypes.byref(action)):
+  if LIBC.sigaction(number, None, ctypes.byref(action)):
     raise OSError(f"sigaction({number}) failed")
   return action[0]
 
@@ -85,9 +88,15 @@ def library_of(address: int) -> str:
     _fields_ = [("file", ctypes.c_char_p), ("base", ctypes.c_void_p), ("symbol", ctypes.c_char_p),
                 ("at", ctypes.c_void_p)]
   found = Found()
-  if address > 1 and ctypes.CDLL(None).dladdr(ctypes.c_void_p(address), ctypes.byref(found)) and found.file:
+  if address > 1 and LIBC.dladdr(ctypes.c_void_p(address), ctypes.byref(found)) and found.file:
     return os.path.basename(os.fsdecode(found.file))
   return {0: "the default action", 1: "ignored"}.get(address, "unknown")
+
+
+def end_with_parent(number: signal.Signals) -> None:
+  """For a child between fork and exec: Linux sends it this signal when the thread that made it has ended."""
+  if sys.platform == "linux":
+    LIBC.prctl(1, number)  # PR_SET_PDEATHSIG
 
 
 def watch_metadata(notify, every: float = 5.0) -> threading.Thread:

@@ -6,7 +6,6 @@ processes on this machine under it. JAX is never imported here: a supervisor has
 import codecs
 from collections.abc import Callable, Iterable
 import contextlib
-import ctypes
 import os
 from pathlib import Path
 import re
@@ -18,7 +17,7 @@ import sys
 import time
 from typing import NamedTuple
 
-from lskd_jax import errors, exit_codes
+from lskd_jax import errors, exit_codes, signals
 
 POLL = 0.02  # seconds between looks at the processes
 LONGEST_BACKOFF = 64.0  # seconds
@@ -123,6 +122,14 @@ def durable_step(workdir: Path | str) -> int | None:
 
 # ---- processes on this machine ----
 
+QUESTIONS = (signal.SIGUSR1, signal.SIGUSR2)  # for stacks and for a profile; a process goes on
+
+
+class Caught(NamedTuple):
+  """Signals so far: SIGTERM, SIGINT and the first SIGHUP, which end a run, and those of QUESTIONS."""
+  ends: list[signal.Signals]
+  questions: list[signal.Signals]
+
 
 def supervise(command: list[str], processes: int, workdir: Path | str, *, devices: int = 1,
               budgets: Budgets = DEFAULT, linger: float = 30.0,
@@ -132,7 +139,8 @@ def supervise(command: list[str], processes: int, workdir: Path | str, *, device
   Each process gets `--processes N --process-id I --coordinator localhost:PORT` and its own set of
   `devices` CPU devices, and writes to `workdir/logs/process-I.log`; process 0 to the terminal, too.
   SIGTERM, SIGINT and SIGHUP become SIGTERM for all of them: they save and end, and are not started
-  again. A second SIGTERM or SIGINT kills them.
+  again. A second SIGTERM or SIGINT kills them. SIGUSR1 (show the stacks) is passed on to all, SIGUSR2
+  (make a profile) to process 0.
 
   Args:
     linger: seconds that the others have to end by themselves once one process ended with a code
@@ -156,8 +164,8 @@ def supervise(command: list[str], processes: int, workdir: Path | str, *, device
           f"device{'s' if devices > 1 else ''} each, logs in {logs}")
       codes = _run_once(command, processes, variables, logs, linger, caught, say)
       decision = decide(codes, before, durable_step(workdir), tally, budgets)
-      if caught:
-        say(f"stopped by {caught[0].name}: ends with {describe(decision.code)}")
+      if caught.ends:
+        say(f"stopped by {caught.ends[0].name}: ends with {describe(decision.code)}")
         return decision.code
       if not decision.restart:
         say(decision.why if decision.code == exit_codes.DONE else f"giving up: {decision.why}")
@@ -165,8 +173,8 @@ def supervise(command: list[str], processes: int, workdir: Path | str, *, device
       tally = decision.tally
       say(f"{decision.why} in {decision.delay:g} s")
       _sleep(decision.delay, caught)
-      if caught:
-        say(f"stopped by {caught[0].name} between two starts")
+      if caught.ends:
+        say(f"stopped by {caught.ends[0].name} between two starts")
         return decision.code
 
 
@@ -181,7 +189,7 @@ def _run_once(command, processes, variables: dict, logs: Path, linger, caught, s
         log = stack.enter_context((logs / f"process-{i}.log").open("ab", buffering=0))
         child = subprocess.Popen(
             [*command, "--processes", str(processes), "--process-id", str(i), "--coordinator", place],
-            env=variables, stdin=subprocess.DEVNULL, start_new_session=True, preexec_fn=_end_with_parent,
+            env=variables, stdin=subprocess.DEVNULL, start_new_session=True, preexec_fn=_begin,
             stdout=log if i else subprocess.PIPE, stderr=log if i else subprocess.PIPE)
         running[i] = child
         if i == 0:
@@ -197,10 +205,15 @@ def _run_once(command, processes, variables: dict, logs: Path, linger, caught, s
             say(f"process {i} ended with {describe(shell_code(child.returncode))}")
             if child.returncode and deadline is None:
               deadline = time.monotonic() + linger
-        heard = len(caught)  # read once: a signal may come while the one before is passed on
+        heard = len(caught.ends)  # read once: a signal may come while the one before is passed on
         if heard > passed_on:
           _signal_all(running, signal.SIGKILL if passed_on else signal.SIGTERM)
           passed_on = heard
+        while caught.questions:
+          number = caught.questions.pop()
+          for i, child in running.items():
+            if i == 0 or number == signal.SIGUSR1:
+              child.send_signal(number)
         if deadline is not None and running and time.monotonic() > deadline:
           say(f"process{'es' if len(running) > 1 else ''} {', '.join(map(str, running))} still there: "
               f"{next_signal.name}")
@@ -245,10 +258,12 @@ def _decoder():
   return codecs.getincrementaldecoder("utf-8")("replace")
 
 
-def _end_with_parent() -> None:
-  """Asks Linux for a SIGTERM when the supervisor is gone, so that no half of a run stays behind."""
-  if sys.platform == "linux":
-    ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG
+def _begin() -> None:
+  """In a new process: no question ends it before it can answer, and it gets a SIGTERM when the supervisor is
+  gone, so that no half of a run stays behind."""
+  for number in QUESTIONS:
+    signal.signal(number, signal.SIG_IGN)
+  signals.end_with_parent(signal.SIGTERM)
 
 
 def _free_port() -> int:
@@ -259,18 +274,20 @@ def _free_port() -> int:
 
 @contextlib.contextmanager
 def _caught_signals():
-  """A list that grows by each SIGTERM, SIGINT and SIGHUP; what was there before comes back at the end.
+  """A `Caught` whose lists grow; what was there before comes back at the end.
 
   A terminal that closes sends several SIGHUPs, of its shell and of the kernel: only the first signal may be
   one. It stays ignored where `nohup` has it so.
   """
-  caught = []
+  caught = Caught([], [])
 
   def handle(number, frame):
-    if not (caught and number == signal.SIGHUP):
-      caught.append(signal.Signals(number))
+    if number in QUESTIONS:
+      caught.questions.append(number)
+    elif not (caught.ends and number == signal.SIGHUP):
+      caught.ends.append(signal.Signals(number))
 
-  numbers = [signal.SIGTERM, signal.SIGINT]
+  numbers = [signal.SIGTERM, signal.SIGINT, *QUESTIONS]
   if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:
     numbers.append(signal.SIGHUP)
   before = {number: signal.signal(number, handle) for number in numbers}
@@ -281,9 +298,9 @@ def _caught_signals():
       signal.signal(number, handler)
 
 
-def _sleep(seconds: float, caught: list) -> None:
+def _sleep(seconds: float, caught: Caught) -> None:
   end = time.monotonic() + seconds
-  while not caught and time.monotonic() < end:
+  while not caught.ends and time.monotonic() < end:
     time.sleep(min(POLL, seconds))
 
 

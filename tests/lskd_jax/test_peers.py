@@ -4,6 +4,7 @@ import os
 
 import pytest
 
+from data_pipeline.records import DataError
 from data_pipeline.stages import write_json
 from lskd_jax import errors, peers
 from lskd_jax.exit_codes import CANNOT_SAVE, INPUT
@@ -29,6 +30,7 @@ def test_so_does_one_that_was_put_into_words_already(tmp_path, monkeypatch):
   def full(*unused):
     raise OSError(errno.ENOSPC, "full")
   monkeypatch.setattr(os, "fsync", full)
-  with pytest.raises(ValueError, match="done.json: the disk is full") as raised, peers.leaving_at_once(tmp_path):
-    write_json(tmp_path / "done.json", {})
+  with pytest.raises(DataError, match="done.json: the disk is full") as raised:
+    with peers.leaving_at_once(tmp_path):
+      write_json(tmp_path / "done.json", {})
   assert errors.exit_code(raised.value) == CANNOT_SAVE

@@ -249,8 +249,10 @@ def test_a_closed_terminal_lets_all_processes_save(supervisor, tmp_path):
   assert process.wait(timeout=30) == 42 and durable_step(tmp_path) == 0
 
 
-LINGERS = SAVES.replace("sys.exit(42)", "(workdir / 'heard').touch()\n      while not (workdir / 'end').exists():"
-                        "\n        time.sleep(0.01)\n      sys.exit(42)")
+LINGERS = SAVES.replace("sys.exit(42)", """(workdir / "heard").touch()
+      while not (workdir / "end").exists():
+        time.sleep(0.01)
+      sys.exit(42)""")
 
 
 @pytest.mark.parametrize("first", [signal.SIGINT, signal.SIGHUP])
@@ -287,6 +289,23 @@ def test_a_second_signal_kills_also_while_the_first_is_passed_on(supervisor):
   process.send_signal(signal.SIGTERM)
   process.communicate(timeout=30)
   assert process.returncode == 137
+
+
+def test_questions_are_passed_on_and_end_nothing(supervisor, tmp_path):
+  """SIGUSR1 asks all processes for their stacks, SIGUSR2 one for a profile."""
+  process = supervisor("""
+      for number in (signal.SIGUSR1, signal.SIGUSR2):
+        assert signal.getsignal(number) == signal.SIG_IGN  # as long as there is no answer
+        signal.signal(number, lambda number, frame: (workdir / f"asked-{i}-{number}").touch())
+      """ + textwrap.indent(textwrap.dedent(SAVES), " " * 6))
+  asked = lambda number, i: (tmp_path / f"asked-{i}-{number}").exists()
+  process.send_signal(signal.SIGUSR2)
+  wait_for(lambda: asked(signal.SIGUSR2, 0))
+  process.send_signal(signal.SIGUSR1)
+  wait_for(lambda: asked(signal.SIGUSR1, 0) and asked(signal.SIGUSR1, 1))
+  process.send_signal(signal.SIGTERM)
+  process.communicate(timeout=30)
+  assert process.returncode == 42 and not asked(signal.SIGUSR2, 1)
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="only Linux tells processes of their parent's end")
