@@ -7,7 +7,6 @@ known, every claim of the method is measured against the truth.
 Each task (`demo_tasks.py`) runs in a process of its own, pinned to its cores, and those that fit on
 one core run side by side. Whatever is killed continues when the demo is run again.
 """
-import ctypes
 import dataclasses
 import json
 import os
@@ -19,7 +18,7 @@ import time
 
 from data_pipeline.records import DataError
 from data_pipeline.stages import write_json
-from lskd_jax import demo_report
+from lskd_jax import demo_report, signals
 
 
 @dataclasses.dataclass(frozen=True)
@@ -186,8 +185,7 @@ def tie(cores: list[int]) -> None:
   """In the child: run on these cores, and end when the parent ends."""
   if hasattr(os, "sched_setaffinity"):
     os.sched_setaffinity(0, cores)
-  if sys.platform == "linux":
-    ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
+  signals.end_with_parent(signal.SIGKILL)
 
 
 def say(line: str) -> None:

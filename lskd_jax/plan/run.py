@@ -16,6 +16,7 @@ from tqdm import tqdm
 
 from data_pipeline.records import DataError
 from data_pipeline.stages import write_json
+from lskd_jax import signals
 from lskd_jax.config_files import load_config
 from lskd_jax.plan import files
 from lskd_jax.plan.topology import Topology, environment
@@ -49,11 +50,12 @@ def measured(config: Path | str, overrides: Sequence[str], topology: Topology, l
 def compiled(request: dict, variables: dict, label: str, quiet: bool) -> dict:
   """Runs a worker to its end, with its stage and the time since it began on the terminal.
 
-  An interrupt ends the worker at once.
+  An interrupt ends the worker at once, and so does the end of this process.
   """
   with tempfile.TemporaryFile() as errors:
     worker = subprocess.Popen([sys.executable, "-m", "lskd_jax.plan.worker", json.dumps(request)],
-                              env={**os.environ, **variables}, stdout=subprocess.PIPE, stderr=errors)
+                              env={**os.environ, **variables}, stdout=subprocess.PIPE, stderr=errors,
+                              preexec_fn=lambda: signals.end_with_parent(signal.SIGKILL))
     try:
       last = _follow(worker, label, quiet)
       if "facts" not in last:

@@ -6,6 +6,7 @@ from pathlib import Path
 import signal
 import subprocess
 import sys
+import time
 
 import pytest
 
@@ -246,6 +247,35 @@ def test_an_interrupt_ends_a_plan_at_once(tmp_path):
   process.send_signal(signal.SIGINT)
   _, rest = process.communicate(timeout=60)
   assert process.returncode == 130 and "interrupted" in rest
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux tells processes of their parent's end")
+def test_the_compiler_ends_with_the_plan_that_waits_for_it(tmp_path):
+  compiler, file = tmp_path / "compiler", tmp_path / "pid"
+  compiler.write_text(f"#!/bin/sh\necho $$ > {file}.part\nmv {file}.part {file}\nexec sleep 60\n")
+  compiler.chmod(0o755)
+  script = (f"import sys\nfrom lskd_jax.plan import run\nsys.executable = {str(compiler)!r}\n"
+            "run.compiled({'topology': 'cpu:4'}, {}, 'plan', True)")
+  process = subprocess.Popen([sys.executable, "-c", script], cwd=ROOT)
+  until(file.exists)
+  process.terminate()
+  assert process.wait(timeout=60) == -signal.SIGTERM
+  until(lambda: not runs(int(file.read_text())))
+
+
+def until(condition):
+  end = time.monotonic() + 30
+  while not condition():
+    assert time.monotonic() < end, "it never came"
+    time.sleep(0.01)
+
+
+def runs(pid: int) -> bool:
+  """Whether a process does anything; one that has ended may still have an entry."""
+  try:
+    return " Z " not in Path(f"/proc/{pid}/stat").read_text()
+  except FileNotFoundError:
+    return False
 
 
 def test_a_compiler_that_the_system_killed_is_one_line(tmp_path, monkeypatch):
