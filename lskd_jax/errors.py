@@ -1,11 +1,13 @@
 """What an error says to a user, and the exit code it ends a command with."""
 import errno
 import os
+import select
 import sys
 import traceback
 
 from lskd_jax import exit_codes
 
+AT_ONCE = 1000  # characters, of at most four bytes: what `writable` is good for
 OURS = ("data_pipeline", "lskd_jax", "configs")
 
 
@@ -19,12 +21,28 @@ def exit_code(error: BaseException) -> int:
 
 
 def say(text: str) -> None:
-  """Prints a line to standard error. That nobody reads it, after a lost connection, changes nothing else."""
+  """Prints a line to standard error. That nobody reads it, after a lost connection, changes nothing else; nor
+  does a reader who stands still: what cannot be written is left out."""
+  text += "\n"
   try:
-    print(text, file=sys.stderr, flush=True)
+    for start in range(0, len(text), AT_ONCE):
+      if not writable(sys.stderr):
+        return
+      print(text[start:start + AT_ONCE], end="", file=sys.stderr, flush=True)
   except OSError as error:
     if error.errno in (errno.EPIPE, errno.EIO):  # or Python tries again at its end, and exits with 120
       os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stderr.fileno())
+
+
+def writable(stream, seconds: float = 1.0) -> bool:
+  """False if a write would wait: for a terminal stopped by Ctrl-S, or a full pipe that nobody reads.
+
+  True is good for 4096 bytes: the room that Linux calls a pipe writable for.
+  """
+  try:
+    return bool(select.select([], [stream], [], seconds)[1])
+  except (OSError, ValueError, TypeError):  # not a file of the system
+    return True
 
 
 def report(error: BaseException) -> None:

@@ -16,9 +16,24 @@ import traceback
 from lskd_jax import errors, exit_codes
 
 LINGER = 3.0  # seconds process 0 waits for the others to end: without its service they abort
+LAST_WORDS = 10.0  # seconds
 
 # Held by the thread that decides how this process ends, from before its last words; others wait for the end.
-deciding = threading.RLock()
+_deciding = threading.RLock()
+
+
+@contextlib.contextmanager
+def deciding(code: int):
+  """For the thread that ends this process: others wait. Whatever the last words may wait for, a terminal, a
+  file, process 0, the process is gone `LAST_WORDS` seconds later."""
+  with _deciding:
+    last = threading.Timer(LAST_WORDS, os._exit, [code])
+    last.daemon = True
+    last.start()
+    try:
+      yield
+    finally:
+      last.cancel()
 
 
 class LocalStore:
@@ -71,10 +86,11 @@ def leave(code: int) -> None:
   Process 0 goes last: the others abort as soon as its coordination service is gone. The first thread
   that comes here decides; a second one waits for the end.
   """
-  with deciding:
+  with deciding(code):
     for stream in (sys.stdout, sys.stderr):
       with contextlib.suppress(OSError, ValueError):
-        stream.flush()
+        if errors.writable(stream, 0.1):
+          stream.flush()
     farewell = threading.Thread(target=_say_farewell, args=(store(), code), daemon=True)
     farewell.start()  # in a thread, because a call to a service that is gone may block
     farewell.join(LINGER)
@@ -136,13 +152,14 @@ class leaving_at_once:
     found = store()
     if error is None or found.count == 1:
       return
-    with deciding:
-      self._end(found, error)
-
-  def _end(self, found, error: BaseException) -> None:
     code = errors.exit_code(error)
     if is_lost_peer(error):
       code = exit_codes.PREEMPTED if self._stop and self._stop.stopping else exit_codes.PEER_LOST
+    with deciding(code):
+      self._end(found, error, code)
+
+  def _end(self, found, error: BaseException, code: int) -> None:
+    if is_lost_peer(error):
       errors.say(f"lskd: process {found.index}: another process of this run is lost: "
                  f"{errors.in_one_line(error)[:300]}")
     elif not isinstance(error, SystemExit):

@@ -234,23 +234,28 @@ def _signal_all(running: dict, number: signal.Signals) -> None:
 
 
 def _pass_output(outputs, timeout: float) -> bool:
-  """Copies what process 0 wrote to its log and to the terminal; whether there was anything."""
+  """Copies what process 0 wrote to its log and to the terminal; whether there was anything.
+
+  A terminal that stands still (Ctrl-S, a pager) misses some of it: the run goes on, and can be ended.
+  """
   if not outputs.get_map():
     time.sleep(timeout)
     return False
   some = False
   for key, _ in outputs.select(timeout):
     log, target, decoder = key.data
-    data = os.read(key.fd, 1 << 16)
+    data = os.read(key.fd, 4096)  # what `errors.writable` is good for
     if not data:
       outputs.unregister(key.fileobj)
       continue
     some = True
     with contextlib.suppress(OSError):  # a full disk is for the run itself to notice
       log.write(data)
+    text = decoder.decode(data)
     with contextlib.suppress(OSError):  # nobody reads any more; the run goes on
-      target.write(decoder.decode(data))
-      target.flush()
+      if errors.writable(target, 0.1):
+        target.write(text)
+        target.flush()
   return some
 
 

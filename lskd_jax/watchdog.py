@@ -151,16 +151,14 @@ class Watchdog:
 
   def _end(self, code: int, verdict: str) -> None:
     index = self._store.index
-    with peers.deciding:  # others may see in the meantime that a peer which is as stuck has ended
+    with peers.deciding(code):  # others may see in the meantime that a peer which is as stuck has ended
+      peers.write_crash(self._workdir, index, {"code": code, "reason": verdict, "at": self._where})
+      with contextlib.suppress(OSError), (self._workdir / f"stacks-{index}.txt").open("w") as file:
+        faulthandler.dump_traceback(file, all_threads=True)
       errors.say(f"lskd: process {index}: {verdict}; exit code {code}")
       with contextlib.suppress(OSError, ValueError):
-        faulthandler.dump_traceback(sys.__stderr__, all_threads=True)
-      try:
-        with (self._workdir / f"stacks-{index}.txt").open("w") as file:
-          faulthandler.dump_traceback(file, all_threads=True)
-      except OSError:
-        pass  # standard error has them
-      peers.write_crash(self._workdir, index, {"code": code, "reason": verdict, "at": self._where})
+        if errors.writable(sys.__stderr__):
+          faulthandler.dump_traceback(sys.__stderr__, all_threads=True)
       if self._store.count > 1:
         time.sleep(FAREWELL)
       self._leave(code)

@@ -249,6 +249,17 @@ def test_a_closed_terminal_lets_all_processes_save(supervisor, tmp_path):
   assert process.wait(timeout=30) == 42 and durable_step(tmp_path) == 0
 
 
+def test_a_terminal_that_stands_still_changes_nothing_else(supervisor, tmp_path):
+  """Under Ctrl-S or a pager: more is said than a pipe holds, nobody reads, and the log has it."""
+  process = supervisor("""
+      for _ in range(150 if i == 0 else 0):
+        sys.stderr.write("." * 999 + chr(10))
+      """ + textwrap.indent(textwrap.dedent(SAVES), " " * 6))
+  process.send_signal(signal.SIGTERM)
+  assert process.wait(timeout=30) == 42 and durable_step(tmp_path) == 0
+  assert (tmp_path / "logs" / "process-0.log").stat().st_size == 150_000
+
+
 LINGERS = SAVES.replace("sys.exit(42)", """(workdir / "heard").touch()
       while not (workdir / "end").exists():
         time.sleep(0.01)

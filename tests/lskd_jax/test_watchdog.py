@@ -133,6 +133,17 @@ def test_the_end_of_another_process_with_an_error_ends_a_process_that_waits_for_
   assert run.codes == {0: PEER_LOST}
 
 
+def test_a_terminal_that_stands_still_does_not_keep_a_stuck_run_from_ending(tmp_path):
+  script = ("import os, threading\nfrom lskd_jax.watchdog import Watchdog\n"
+            "read, write = os.pipe()\nos.dup2(write, 2)\nos.set_blocking(2, False)\n"
+            "try:\n  while True: os.write(2, b'#')\nexcept BlockingIOError: os.set_blocking(2, True)\n"
+            f"with Watchdog({str(tmp_path)!r}, hang_after=0.5, compile_limit=3600) as watch:\n"
+            "  watch.at('step', 3)\n  threading.Event().wait(60)")
+  assert subprocess.run([sys.executable, "-c", script], timeout=60).returncode == STUCK
+  assert json.loads((tmp_path / "crash-0.json").read_text())["code"] == STUCK
+  assert "wait" in (tmp_path / "stacks-0.txt").read_text()
+
+
 def test_a_main_thread_that_hangs_is_ended_from_the_watchdogs_thread(tmp_path):
   script = ("import threading\nfrom lskd_jax.watchdog import Watchdog\n"
             f"with Watchdog({str(tmp_path)!r}, hang_after=0.5, compile_limit=3600) as watch:\n"
