@@ -130,12 +130,13 @@ class Preemption:
                  "missed")
 
   def close(self) -> None:
-    """Ends the thread and gives the signals back: the run is over."""
+    """Ends the thread and gives the signals back: the run is over. One that was told to stop ends, and what
+    is told again while Python does so changes nothing."""
     self._closed.set()
     if self._thread.is_alive():
       self._thread.join(timeout=5)
     if self._term:
-      self._term.close()
+      self._term.close(ignore=self.stopping)
 
   # --- the watcher's thread ---
 
@@ -185,11 +186,11 @@ class Preemption:
       self._end("there is nothing to save yet")
     elif len(proposals) == store.count:
       boundary = NOWHERE if NOWHERE in proposals.values() else max(proposals.values())
-      if kind == "stop" and store.index == 0:
-        errors.say(f"lskd: {agreement.reason}: all processes save at step {boundary} and stop")
       with self._changed:
         agreement.boundary = boundary
         self._changed.notify_all()
+      if kind == "stop" and store.index == 0:
+        errors.say(f"lskd: {agreement.reason}: all processes save at step {boundary} and stop")
     elif time.monotonic() > agreement.since + AGREE_WITHIN:
       silent = sorted(set(range(store.count)) - set(proposals))
       self._end(f"process {', '.join(map(str, silent))} says nothing")

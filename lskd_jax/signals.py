@@ -29,6 +29,7 @@ class Term:
     self._read, self._write = os.pipe()
     os.set_blocking(self._write, False)
     self._own()
+    os.register_at_fork(after_in_child=self.close)  # whose signals are not ours, though the pipe is
 
   def _own(self) -> None:
     for number in self._before:
@@ -65,12 +66,12 @@ class Term:
       return f"Python code in {module}" if module and callable(python) else f"Python code ({python})"
     return None if address == self._address else f"a C library ({library_of(address)})"
 
-  def close(self) -> None:
-    """Restores what was there before."""
+  def close(self, ignore: bool = False) -> None:
+    """Restores what was there before; or, for a process that ends as it was told, ignores the signals."""
     if not self._closed:
       self._closed = True
       for number, handler in self._before.items():
-        signal.signal(number, handler)
+        signal.signal(number, signal.SIG_IGN if ignore else handler)
       signal.set_wakeup_fd(-1)
 
 
@@ -102,29 +103,31 @@ def end_with_parent(number: signal.Signals) -> None:
 def watch_metadata(notify, every: float = 5.0) -> threading.Thread:
   """Calls notify(reason) once Google's metadata server says that this machine is preempted.
 
-  A daemon thread asks every `every` seconds, and ends if nothing answers at first: off Google's cloud
-  nobody waits for it. GCE_METADATA_IP or GCE_METADATA_HOST name another host, as for JAX and Google's
-  own libraries.
+  A daemon thread asks every `every` seconds, and ends if nothing answers three times at first: off Google's
+  cloud nobody waits for it. An error is an answer, too. GCE_METADATA_IP or GCE_METADATA_HOST name another
+  host, as for JAX and Google's own libraries.
   """
-  def ask(opener, timeout):
+  def preempted(opener) -> bool | None:
+    """None if nothing answers, or nothing that can be read."""
     request = urllib.request.Request(f"http://{host}{FLAG}", headers={"Metadata-Flavor": "Google"})
-    with opener.open(request, timeout=timeout) as answer:
-      return answer.read(16).strip() == b"TRUE"
+    try:
+      with opener.open(request, timeout=5.0) as answer:
+        return answer.read(16).strip() == b"TRUE"
+    except (OSError, http.client.HTTPException) as error:
+      return False if isinstance(error, urllib.error.HTTPError) else None
 
   def watch():
     opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
-    try:
-      preempted = ask(opener, 1.0)
-    except OSError:
-      return
-    while not preempted:
+    there, tries = False, 0
+    while not (found := preempted(opener)):
+      there, tries = there or found is not None, tries + 1
+      if tries == 3 and not there:
+        return
       time.sleep(every)
-      try:
-        preempted = ask(opener, every)
-      except OSError:
-        pass  # the flag comes seconds before the end: one answer missed is asked for again
     notify("the metadata server says that this machine is preempted")
 
+  import http.client
+  import urllib.error
   import urllib.request
   host = os.environ.get("GCE_METADATA_IP") or os.environ.get("GCE_METADATA_HOST") or METADATA
   thread = threading.Thread(target=watch, daemon=True, name="metadata")

@@ -2,6 +2,7 @@
 import ctypes
 import hashlib
 import http.server
+import multiprocessing
 import os
 import signal
 import subprocess
@@ -258,15 +259,28 @@ def test_sigterm_before_training_ends_with_43_also_when_it_comes_twice(tmp_path)
   assert "SIGTERM: there is nothing to save yet" in said
 
 
-def test_a_standard_error_that_nobody_reads_does_not_keep_a_run_from_saving(tmp_path):
-  """As after a lost connection: the pipe is broken when the processes agree on a step."""
-  script = ("import os, signal, sys, time\nfrom lskd_jax import preemption\n"
-            "read, write = os.pipe()\nos.dup2(write, 2)\nos.close(read)\n"
+GONE = "read, write = os.pipe()\nos.dup2(write, 2)\nos.close(read)\n"
+STILL = ("read, write = os.pipe()\nos.dup2(write, 2)\nos.set_blocking(2, False)\n"
+         "try:\n  while True: os.write(2, b'#')\nexcept BlockingIOError: os.set_blocking(2, True)\n")
+
+
+@pytest.mark.parametrize("standard_error", [GONE, STILL], ids=["gone", "still"])
+def test_a_standard_error_that_nobody_reads_does_not_keep_a_run_from_saving(tmp_path, standard_error):
+  """As after a lost connection, or under Ctrl-S: the pipe is broken or full when the processes agree."""
+  script = (f"import os, signal, sys, time\nfrom lskd_jax import preemption\n{standard_error}"
             f"stop = preemption.install()\nstop.connect({str(tmp_path)!r}, 25)\nstop.ready(1)\n"
             "os.kill(os.getpid(), signal.SIGTERM)\nstep = 1\n"
             "while stop.at_boundary(step) != 'stop':\n  step += 1\n  time.sleep(0.01)\n"
             "raise preemption.Preempted")
   assert subprocess.run([sys.executable, "-c", script], timeout=60).returncode == PREEMPTED_SAVED
+
+
+def test_a_loop_that_waits_for_a_terminal_ends_when_its_grace_is_over(tmp_path):
+  """As a progress bar under Ctrl-S does."""
+  script = (f"import os, signal, sys\nfrom lskd_jax import preemption\n{STILL}"
+            f"stop = preemption.install()\nstop.connect({str(tmp_path)!r}, 0.5)\nstop.ready(1)\n"
+            "os.kill(os.getpid(), signal.SIGTERM)\nsys.stderr.write('100%|######|')\nsys.stderr.flush()\n")
+  assert subprocess.run([sys.executable, "-c", script], timeout=60).returncode == PREEMPTED
 
 
 @pytest.mark.parametrize("number", [signal.SIGUSR1, signal.SIGUSR2])
@@ -283,30 +297,69 @@ def test_the_exit_code_of_a_saved_preemption_is_42():
   assert preemption.Preempted().code == PREEMPTED_SAVED
 
 
+def test_a_second_sigterm_changes_nothing_after_the_loop_either(tmp_path):
+  """Python takes seconds to end."""
+  script = ("import atexit, os, signal\nfrom lskd_jax import preemption\n"
+            "atexit.register(os.kill, os.getpid(), signal.SIGTERM)\n"
+            f"stop = preemption.install()\nstop.connect({str(tmp_path)!r}, 25)\nstop.ready(1)\n"
+            "os.kill(os.getpid(), signal.SIGTERM)\nstop.wait_until_told()\n"
+            "assert stop.at_boundary(1) == 'stop'\nstop.close()\nraise preemption.Preempted")
+  assert subprocess.run([sys.executable, "-c", script], timeout=60).returncode == PREEMPTED_SAVED
+
+
+def test_the_signals_of_a_forked_process_are_its_own(term):
+  fork = multiprocessing.get_context("fork")
+  ready = fork.Event()
+  child = fork.Process(target=lambda: (ready.set(), time.sleep(60)))
+  child.start()
+  assert ready.wait(LONG)
+  child.terminate()
+  child.join(LONG)
+  assert child.exitcode == -signal.SIGTERM
+  assert not term.wait(0.1)
+
+
 # --- Google's metadata server ---------------------------------------------------------------------
 
 
-def test_the_preempted_flag_of_the_metadata_server_is_a_notice(monkeypatch):
-  answers = iter(["FALSE", "FALSE", "TRUE"])
-  asked = []
+@pytest.fixture
+def metadata_server(monkeypatch):
+  """Starts a server that gives these answers, byte by byte; returns the list of what it was asked."""
+  servers = []
 
-  class Server(http.server.BaseHTTPRequestHandler):
-    def do_GET(self):
-      asked.append((self.path, self.headers["Metadata-Flavor"]))
-      self.send_response(200)
-      self.end_headers()
-      self.wfile.write(next(answers).encode())
+  def start(*answers):
+    left, asked = iter(answers), []
 
-    def log_message(self, *unused):
-      pass
-  server = http.server.HTTPServer(("localhost", 0), Server)
-  threading.Thread(target=server.serve_forever, daemon=True).start()
-  monkeypatch.setenv("GCE_METADATA_IP", f"localhost:{server.server_port}")
-  reasons = []
+    class Server(http.server.BaseHTTPRequestHandler):
+      def do_GET(self):
+        asked.append((self.path, self.headers["Metadata-Flavor"]))
+        self.wfile.write(next(left))
+
+      def log_message(self, *unused):
+        pass
+    server = http.server.HTTPServer(("localhost", 0), Server)
+    servers.append(server)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    monkeypatch.setenv("GCE_METADATA_IP", f"localhost:{server.server_port}")
+    return asked
+  yield start
+  for server in servers:
+    server.shutdown()
+    server.server_close()
+
+
+FALSE, TRUE = (b"HTTP/1.0 200 OK\r\n\r\n" + flag for flag in (b"FALSE", b"TRUE"))
+BUSY = b"HTTP/1.0 503 Service Unavailable\r\n\r\n"
+
+
+@pytest.mark.parametrize("answers", [
+    (FALSE, FALSE, TRUE), (BUSY, BUSY, BUSY, BUSY, TRUE), (b"", b"?", TRUE),
+    (FALSE, b"", b"?", b"", b"?", TRUE)])
+def test_the_preempted_flag_of_the_metadata_server_is_a_notice(metadata_server, answers):
+  """Also of one that is busy at first, and of one that says nothing or nonsense in between."""
+  asked, reasons = metadata_server(*answers), []
   signals.watch_metadata(reasons.append, every=0.01).join(LONG)
-  server.shutdown()
-  server.server_close()
-  assert asked == [("/computeMetadata/v1/instance/preempted", "Google")] * 3
+  assert asked == [("/computeMetadata/v1/instance/preempted", "Google")] * len(answers)
   assert len(reasons) == 1 and "metadata server" in reasons[0]
 
 
