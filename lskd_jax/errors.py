@@ -82,5 +82,5 @@ def in_one_line(error: BaseException) -> str:
   if isinstance(error, OSError):
     where = f"{error.filename}: " if error.filename else ""
     full = "the disk is full; free some space and run again"
-    return f"{where}{full if is_full_disk(error) else error.strerror}"
-  return " ".join(str(error).split())
+    return f"{where}{full if is_full_disk(error) else error.strerror or type(error).__name__}"
+  return " ".join(str(error).split()) or type(error).__name__

@@ -69,9 +69,11 @@ class Preemption:
     self._changed = threading.Condition()
     self._closed = threading.Event()
     self._warned = False
+    self._clock = None  # runs from the first notice to the end
     self._thread = threading.Thread(target=self._watch, daemon=True, name="preemption")
     if term:
       self._thread.start()
+      threading.Thread(target=self._listen, daemon=True, name="signals").start()
 
   # --- called by the main thread ---
 
@@ -110,6 +112,8 @@ class Preemption:
   def ask(self, kind: str, reason: str) -> None:
     """Asks all processes to "save" or "stop" at the same boundary soon; from any thread."""
     self._asked.setdefault(kind, reason)
+    if kind == "stop":
+      self._start_clock()
 
   @property
   def stopping(self) -> bool:
@@ -133,40 +137,45 @@ class Preemption:
     """Ends the thread and gives the signals back: the run is over. One that was told to stop ends, and what
     is told again while Python does so changes nothing."""
     self._closed.set()
+    if self._clock:
+      self._clock.cancel()
     if self._thread.is_alive():
       self._thread.join(timeout=5)
     if self._term:
       self._term.close(ignore=self.stopping)
 
-  # --- the watcher's thread ---
+  # --- threads: a signal is heard, and ends the process in time, also while process 0 does not answer ---
+
+  def _listen(self) -> None:
+    while not self._closed.is_set():
+      if received := self._term.wait(LOOK_EVERY):
+        self.ask("stop", received)
+        return
+
+  def _start_clock(self) -> None:
+    if self._clock is None:
+      self._clock = threading.Timer(self._grace, self._end,
+                                    [f"no save within train.grace={self._grace:g} seconds"])
+      self._clock.daemon = True
+      self._clock.start()
 
   def _watch(self) -> None:
-    while not self._closed.is_set():
-      if self._term is None:
-        self._closed.wait(LOOK_EVERY)
-      elif received := self._term.wait(LOOK_EVERY):
-        self.ask("stop", received)
+    while not self._closed.wait(LOOK_EVERY):
       try:
         self._look()
       except Exception as error:  # process 0, which keeps what processes say, cannot be reached
-        if not self._closed.is_set():
-          self._end(f"process 0 cannot be reached ({str(error).splitlines()[0]})")
-        return
+        self._end(f"process 0 cannot be reached ({errors.in_one_line(error)[:200]})")
 
   def _look(self) -> None:
-    if self._store is None:
-      if "stop" in self._asked:
-        self._stop.reason = self._asked["stop"]
-        self._end("there is nothing to save yet")
-      return
-    self._agree("stop", self._stop)
-    self._agree("save", self._save)
-    if self.stopping and not self._closed.is_set() and time.monotonic() > self._stop.since + self._grace:
-      self._end(f"no save within train.grace={self._grace:g} seconds")
+    if self._store is not None:
+      self._agree("stop", self._stop)
+      self._agree("save", self._save)
+    elif "stop" in self._asked:
+      self._end("there is nothing to save yet")
 
   def _agree(self, kind: str, agreement: Agreement) -> None:
     store, name = self._store, agreement.name
-    if agreement.boundary is not None:
+    if agreement.boundary is not None or kind == "save" and self._position is None:
       return
     if agreement.reason is None:
       if kind in self._asked:
@@ -175,6 +184,8 @@ class Preemption:
       asked = store.list(f"{name}/asked")
       if not asked:
         return
+      if kind == "stop":
+        self._start_clock()
       process, reason = min(asked.items())
       with self._changed:  # the loop does not pass a boundary between the reading and the proposal
         agreement.proposal = NOWHERE if self._position is None else self._position
@@ -185,7 +196,7 @@ class Preemption:
     if kind == "stop" and NOWHERE in proposals.values():
       self._end("there is nothing to save yet")
     elif len(proposals) == store.count:
-      boundary = NOWHERE if NOWHERE in proposals.values() else max(proposals.values())
+      boundary = max(proposals.values())
       with self._changed:
         agreement.boundary = boundary
         self._changed.notify_all()
@@ -198,13 +209,16 @@ class Preemption:
   def _end(self, why: str) -> None:
     """Ends the process: preempted if it was to stop, else because another one is gone."""
     index = self._store.index if self._store else 0
-    code = exit_codes.PREEMPTED if self.stopping else exit_codes.PEER_LOST
-    before = f"{self._stop.reason}: " if self.stopping else ""
-    errors.say(f"lskd: process {index}: {before}{why}; exit code {code}")
-    if code == exit_codes.PEER_LOST:
-      peers.write_crash(self._workdir, index, {"code": code, "reason": why})
-    self._closed.set()
-    self._leave(code)
+    told = self._stop.reason or self._asked.get("stop")
+    code = exit_codes.PREEMPTED if told else exit_codes.PEER_LOST
+    with peers.deciding(code):
+      if self._closed.is_set():
+        return
+      self._closed.set()
+      if code == exit_codes.PEER_LOST:
+        peers.write_crash(self._workdir, index, {"code": code, "reason": why})
+      errors.say(f"lskd: process {index}: {f'{told}: ' if told else ''}{why}; exit code {code}")
+      self._leave(code)
 
 
 def install() -> Preemption:

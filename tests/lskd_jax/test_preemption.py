@@ -136,6 +136,16 @@ def test_saves_asked_for_by_the_clock_meet_all_processes_and_training_goes_on(pr
   assert [due for due, _ in first] == ["save", "save", "stop"]
 
 
+def test_a_save_waits_until_all_processes_have_something_to_save(processes):
+  (early, _), (late, _) = processes(2)
+  early.ready(1)
+  early.ask("save", "train.save_minutes")
+  time.sleep(0.1)  # many looks
+  late.ready(1)
+  until(lambda: early._save.boundary is not None and late._save.boundary is not None)
+  assert early.at_boundary(1) == late.at_boundary(1) == "save"
+
+
 def test_if_one_process_has_nothing_to_save_all_end_at_once(processes):
   (compiling, first), (training, second) = processes(2)
   training.ready(1)
@@ -175,6 +185,34 @@ def test_if_process_0_is_gone_the_others_end(tmp_path):
   assert ended.event.wait(LONG)
   assert ended.code == PEER_LOST
   assert "cannot be reached" in (tmp_path / "crash-1.json").read_text()
+
+
+@pytest.mark.parametrize("said", [RuntimeError(), TimeoutError()])
+def test_an_error_without_words_is_one_too(tmp_path, said):
+  class Gone(LocalStore):
+    def list(self, folder):
+      raise said
+  ended = Ended()
+  stop = Preemption(leave=ended)
+  stop.connect(tmp_path, LONG, Gone(1, 2))
+  assert ended.event.wait(LONG)
+  assert f"({type(said).__name__})" in (tmp_path / "crash-1.json").read_text()
+
+
+def test_a_process_that_is_told_to_stop_ends_in_time_though_process_0_does_not_answer(tmp_path, term):
+  """It stands still, or is cut off: a call to its store returns only when the connection is given up."""
+  class Silent(LocalStore):
+    def list(self, folder):
+      asked.set()
+      threading.Event().wait(LONG)
+  asked, ended = threading.Event(), Ended()
+  stop = Preemption(term, leave=ended)
+  stop.connect(tmp_path, 0.05, Silent(1, 2))
+  stop.ready(1)
+  assert asked.wait(LONG)
+  os.kill(os.getpid(), signal.SIGTERM)
+  assert ended.event.wait(LONG / 2)
+  assert ended.code == PREEMPTED
 
 
 # --- SIGTERM --------------------------------------------------------------------------------------
