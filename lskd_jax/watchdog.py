@@ -29,6 +29,7 @@ LEFT = 5  # looks after a process ended with an error, in which the others may m
 # Compiling takes what it takes, and the others wait for it.
 WAITED_FOR = ("start", "restore", "compile", "evaluate")
 PATIENT = (*WAITED_FOR, "save")
+TRAINING = ("step", "data", "save")  # elsewhere one call may keep all threads of a process out
 
 
 class Watchdog:
@@ -55,6 +56,8 @@ class Watchdog:
     self._step_began = None
     self._slept = []  # (end, seconds) of each time the process was suspended
     self._signs = {}  # {(kind, process): (last sign, looks since it changed)}
+    self._board = {}  # as it was last seen
+    self._unanswered = 0  # looks since process 0 last answered
     self._closed = threading.Event()
     self._thread = threading.Thread(target=self._watch, daemon=True, name="watchdog")
 
@@ -81,6 +84,7 @@ class Watchdog:
 
   def __enter__(self):
     self._thread.start()
+    threading.Thread(target=self._watch_process_0, daemon=True, name="watchdog of process 0").start()
     return self
 
   def __exit__(self, *unused):
@@ -99,6 +103,15 @@ class Watchdog:
       except Exception:  # the store is gone, and so is process 0: its loss ends us elsewhere
         continue
 
+  def _watch_process_0(self) -> None:
+    """Where it is silent, a look at the board may wait for it until its connection is given up."""
+    while not self._closed.wait(LOOK_EVERY):
+      self._unanswered += 1
+      phase = self._board.get(0, self._where)["phase"]
+      late = self._spent(self._where) > self.limit(self._where["phase"])
+      if self._unanswered > SILENT and (phase in TRAINING or late):
+        self._end(exit_codes.PEER_LOST, "process 0 does not answer")
+
   def slept(self, seconds: float) -> None:
     """The process was suspended for so long, until now; no phase took that time."""
     self._slept.append((self._clock(), seconds))
@@ -111,7 +124,8 @@ class Watchdog:
     """Writes our line on the board, and ends the process if it or another one is stuck or lost."""
     where = self._where
     self._store.set(f"board/{self._store.index}", json.dumps(where | {"alive": self._clock()}))
-    board = {int(i): json.loads(line) for i, line in self._store.list("board").items()}
+    board = self._board = {int(i): json.loads(line) for i, line in self._store.list("board").items()}
+    self._unanswered = 0
     stuck, lost = self._store.list("stuck"), self._lost(board)
     if stuck:
       self._end(exit_codes.STUCK, min(stuck.items())[1])
@@ -133,7 +147,7 @@ class Watchdog:
         return f"process {i} ended with code {code}"
     for i, line in board.items():
       silent = self._looks_since("board", i, line["alive"]) > SILENT and i != self._store.index
-      if silent and line["phase"] in ("step", "data", "save"):  # elsewhere one call may keep all threads out
+      if silent and line["phase"] in TRAINING:
         return f"process {i} has given no sign of life since step {line['step']} in {line['phase']}"
     return None
 

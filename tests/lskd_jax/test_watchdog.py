@@ -2,6 +2,7 @@
 import json
 import subprocess
 import sys
+import threading
 from types import SimpleNamespace
 
 import pytest
@@ -131,6 +132,24 @@ def test_the_end_of_another_process_with_an_error_ends_a_process_that_waits_for_
   assert run.codes == {}
   look(run.dogs[0], 3)
   assert run.codes == {0: PEER_LOST}
+
+
+def test_process_0_is_lost_when_it_no_longer_answers(tmp_path, monkeypatch):
+  """It keeps the board: a look waits until its connection is given up, which may take minutes."""
+  class Silent(LocalStore):
+    def list(self, folder):
+      never.wait(20)
+  monkeypatch.setattr(watchdog, "LOOK_EVERY", 0.01)
+  never, left, codes = threading.Event(), threading.Event(), []
+  leave = lambda code: (codes.append(code), left.set())
+  with Watchdog(tmp_path, hang_after=300, compile_limit=3600, store=Silent(1, 2), leave=leave) as watch:
+    watch.at("compile", 0)
+    assert not left.wait(0.5)  # there a late answer is not missed
+    watch.at("step", 1)
+    assert left.wait(15)
+    never.set()
+  assert codes[0] == PEER_LOST
+  assert "process 0 does not answer" in (tmp_path / "crash-1.json").read_text()
 
 
 def test_a_terminal_that_stands_still_does_not_keep_a_stuck_run_from_ending(tmp_path):
