@@ -322,7 +322,8 @@ def _where(item, k: int, number: int) -> str:
 @contextlib.contextmanager
 def _whole_files(*paths: Path):
   """Opens files for writing that appear under their names, in this order, only when all is well."""
-  partial = [path.with_name(path.name + _PARTIAL) for path in paths]
+  # Of this process: another one may be writing the same file.
+  partial = [path.with_name(f"{path.name}.{os.getpid()}{_PARTIAL}") for path in paths]
   files = []
   try:
     with _write_errors(paths[-1]):

@@ -356,6 +356,20 @@ def test_a_really_full_disk(tmp_path):
   assert records == "3"
 
 
+def test_two_processes_may_write_the_same_json(tmp_path, monkeypatch):
+  """The file is one of theirs, whole."""
+  path, replace = tmp_path / "a.json", os.replace
+
+  def meanwhile(*names):
+    other = f"from data_pipeline.stages import write_json\nwrite_json({str(path)!r}, 'other')"
+    subprocess.run([sys.executable, "-c", other], check=True, timeout=60)
+    replace(*names)
+
+  monkeypatch.setattr(os, "replace", meanwhile)
+  stages.write_json(path, "ours")
+  assert json.loads(path.read_text()) == "ours" and len(contents(tmp_path)) == 1
+
+
 def test_write_json_writes_all_or_nothing(tmp_path, monkeypatch):
   path = tmp_path / "a.json"
   stages.write_json(path, {"é": 1})
