@@ -194,6 +194,11 @@ _BOUNDS = ("TPU_PROCESS_BOUNDS", "TPU_HOST_BOUNDS")
 _COUNTS = ("MEGASCALE_NUM_SLICES", "SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE")
 
 
+class PortTakenError(ValueError):
+  """Another program has the coordinator's port; a supervisor starts the run again with another one."""
+  exit_code = exit_codes.PEER_LOST
+
+
 def initialize(coordinator: str | None = None, processes: int | None = None, process_id: int | None = None, *,
                multi_host: bool = False, start_seconds: int = 600, heartbeat_seconds: int = 100) -> None:
   """Joins the processes of one run; call it before anything else touches a device.
@@ -211,6 +216,7 @@ def initialize(coordinator: str | None = None, processes: int | None = None, pro
     heartbeat_seconds: a process that is not heard of for so long is taken for dead.
 
   Raises:
+    PortTakenError: on process 0, the port is in use.
     ValueError: the arguments do not fit together, no cluster is found, the processes are not as many as
       announced or have unequal numbers of devices, or this process is one of several workers and was
       not told so.
@@ -236,6 +242,9 @@ def initialize(coordinator: str | None = None, processes: int | None = None, pro
       if multi_host and "should be defined" in text:
         raise ValueError("--multi-host: JAX finds no TPU VM, Slurm step, Kubernetes job or mpirun here; give "
                          "--coordinator, --processes and --process-id") from error
+      if "Failed to start RPC server" in text:
+        raise PortTakenError(f"process 0 cannot listen at {where}: its port is in use, or not of this host; "
+                             "choose another one") from error
       raise ValueError(f"the processes of this run could not be joined at {where}: {text}") from error
     found = Counter(device.process_index for device in jax.devices())
   if processes not in (None, len(found)):

@@ -1,6 +1,7 @@
 """The mesh derived from devices, the rows of a batch that each process reads, and how processes start."""
 import os
 from pathlib import Path
+import socket
 import subprocess
 import sys
 from types import SimpleNamespace
@@ -10,7 +11,7 @@ from jax.sharding import AxisType
 import numpy as np
 import pytest
 
-from lskd_jax import exit_codes, parallel
+from lskd_jax import errors, exit_codes, parallel
 from lskd_jax.parallel import make_mesh, own_rows, put_batch, rows_by_process
 from tests.tiny_runs import free_port
 
@@ -167,6 +168,14 @@ def test_a_process_whose_peers_do_not_come_says_so_and_ends():
   assert done.returncode == exit_codes.PEER_LOST
   assert done.stderr.strip().splitlines()[-1].startswith(
       "lskd: error: after 1 s not all of 2 processes have come to localhost:")
+
+
+def test_a_port_that_another_program_has_is_an_error_that_another_start_cures():
+  """A supervisor finds a free port, but process 0 listens there seconds later."""
+  with socket.create_server(("localhost", 0)) as other:
+    done = start((f"localhost:{other.getsockname()[1]}", 2, 0), {})
+  assert "PortTakenError: process 0 cannot listen at localhost:" in done.stderr
+  assert exit_codes.restarts(errors.exit_code(parallel.PortTakenError()))
 
 
 def test_slurm_is_found_and_a_wrong_number_of_processes_refused():
