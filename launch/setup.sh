@@ -12,9 +12,12 @@ if ! command -v gcsfuse > /dev/null; then
   sudo apt-get -o DPkg::Lock::Timeout=600 update -q
   sudo apt-get -o DPkg::Lock::Timeout=600 install -q -y gcsfuse
 fi
-sudo mkdir -p "$mount"
-sudo chown "$(id -u)" "$mount"
-mountpoint -q "$mount" || gcsfuse --implicit-dirs "$bucket" "$mount"
+if ! mountpoint -q "$mount"; then  # root may not look into a mounted one: only its own user may
+  sudo umount -l "$mount" 2> /dev/null || true  # what is left of a gcsfuse that was killed
+  sudo mkdir -p "$mount"
+  sudo chown "$(id -u)" "$mount"
+  gcsfuse --implicit-dirs "$bucket" "$mount"
+fi
 
 # The code and its environment, in a folder of their own for each version.
 folder=$HOME/lskd/$version
