@@ -11,6 +11,7 @@ from pathlib import Path
 import shutil
 import signal
 import sys
+import tempfile
 import time
 from typing import NamedTuple
 
@@ -23,14 +24,14 @@ OLDEST_PYTHON = (3, 11)
 class Facts(NamedTuple):
   """What one host is like. environment: its MEGASCALE_ and TPU_ variables, and those of its metadata.
 
-  mounted: whether the bucket is; a host that was started anew has a plain folder in its place.
+  bucket: what is wrong with the mounted bucket, if anything is.
   """
   chips: int
   hosts: int | None
   environment: dict[str, str]
   free_gb: float
   python: tuple[int, int]
-  mounted: bool
+  bucket: str | None
 
 
 def gather(mount: Path, devices: Path = Path("/dev")) -> Facts:
@@ -43,7 +44,23 @@ def gather(mount: Path, devices: Path = Path("/dev")) -> Facts:
   endpoints = host.metadata("worker-network-endpoints")
   chips = len(list(devices.glob("accel[0-9]*"))) or len(list(devices.glob("vfio/[0-9]*")))
   return Facts(chips, len(endpoints.split(",")) if endpoints else None, environment,
-               shutil.disk_usage(Path.home()).free / 1e9, sys.version_info[:2], os.path.ismount(mount))
+               shutil.disk_usage(Path.home()).free / 1e9, sys.version_info[:2], wrong_with_bucket(mount))
+
+
+def wrong_with_bucket(mount: Path) -> str | None:
+  """Tries what a checkpoint needs in the end: its folder is renamed. None if that works."""
+  if not os.path.ismount(mount):  # a host that was started anew has a plain folder there
+    return "the bucket is not mounted"
+  try:
+    with tempfile.TemporaryDirectory(prefix=".preflight-", dir=mount, ignore_cleanup_errors=True) as scratch:
+      folder = Path(scratch, "before")
+      (folder / "subfolder").mkdir(parents=True)
+      (folder / "subfolder" / "file").write_text("a file\n")
+      folder.rename(folder.with_name("after"))
+  except OSError as error:
+    return (f"a folder in the bucket cannot be written and renamed ({error.strerror}), so that no checkpoint "
+            "would be saved: mount it as launch/setup.sh does, with the right to write")
+  return None
 
 
 def problems(facts: Facts, chips: int, hosts: int, slices: int, disk_gb: float) -> list[str]:
@@ -64,8 +81,8 @@ def problems(facts: Facts, chips: int, hosts: int, slices: int, disk_gb: float) 
     found.append(f"{facts.free_gb:.0f} GB of disk are free, {disk_gb:g} are needed")
   if facts.python < OLDEST_PYTHON:
     found.append(f"Python {'.'.join(map(str, facts.python))} is too old, 3.11 is needed")
-  if not facts.mounted:
-    found.append("the bucket is not mounted")
+  if facts.bucket:
+    found.append(facts.bucket)
   return found
 
 

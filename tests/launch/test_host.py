@@ -1,8 +1,8 @@
 """What runs on the hosts, with real processes on this one."""
+import errno
 import fcntl
 import json
 import os
-from pathlib import Path
 import signal
 import subprocess
 import sys
@@ -131,7 +131,7 @@ def test_the_log_of_a_start_is_its_own(start, tmp_path):
 
 # ---- preflight ----
 
-GOOD = Facts(chips=4, hosts=4, environment={}, free_gb=50.0, python=(3, 12), mounted=True)
+GOOD = Facts(chips=4, hosts=4, environment={}, free_gb=50.0, python=(3, 12), bucket=None)
 
 
 def test_a_good_host_has_no_problems():
@@ -145,15 +145,35 @@ def test_a_good_host_has_no_problems():
     ({"environment": {"TPU_WORKER_HOSTNAMES": "a,b"}}, "TPU_WORKER_HOSTNAMES names 2 hosts, 4 are expected"),
     ({"free_gb": 3.2}, "3 GB of disk are free, 20 are needed"),
     ({"python": (3, 10)}, "Python 3.10 is too old, 3.11 is needed"),
-    ({"mounted": False}, "the bucket is not mounted")])
+    ({"bucket": "the bucket is not mounted"}, "the bucket is not mounted")])
 def test_what_would_keep_a_run_from_starting_is_named(change, said):
   assert problems(GOOD._replace(**change), chips=4, hosts=4, slices=1, disk_gb=20) == [said]
 
 
 def test_a_plain_folder_is_not_the_mounted_bucket(tmp_path, monkeypatch):
   monkeypatch.setenv("GCE_METADATA_IP", "127.0.0.1:9")
-  assert not preflight.gather(tmp_path).mounted
-  assert preflight.gather(Path("/")).mounted
+  assert preflight.gather(tmp_path).bucket == "the bucket is not mounted"
+
+
+def test_a_bucket_in_which_folders_can_be_renamed_is_good_and_left_clean(tmp_path, monkeypatch):
+  monkeypatch.setattr(os.path, "ismount", lambda path: path == tmp_path)
+  assert preflight.wrong_with_bucket(tmp_path) is None
+  assert list(tmp_path.iterdir()) == []
+
+
+def test_a_bucket_in_which_no_checkpoint_gets_its_name_is_refused(tmp_path, monkeypatch):
+  """Cloud Storage FUSE renames by default only folders that have nothing in them."""
+  def rename(before, after):
+    if os.path.isdir(before) and os.listdir(before):
+      raise OSError(errno.EMFILE, os.strerror(errno.EMFILE), before)
+    real(before, after)
+  real = os.rename
+  monkeypatch.setattr(os, "rename", rename)
+  monkeypatch.setattr(os.path, "ismount", lambda path: path == tmp_path)
+  assert preflight.wrong_with_bucket(tmp_path) == (
+      "a folder in the bucket cannot be written and renamed (Too many open files), so that no checkpoint "
+      "would be saved: mount it as launch/setup.sh does, with the right to write")
+  assert list(tmp_path.iterdir()) == []
 
 
 def test_a_lock_that_nobody_holds_is_removed(tmp_path):
