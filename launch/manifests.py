@@ -82,7 +82,7 @@ def skypilot(config) -> dict:
   return {
       "name": config.name,
       "workdir": config.source,
-      "num_nodes": config.nodes,
+      "num_nodes": 1,  # a slice; of several, each would be a run of its own
       "resources": {
           "infra": f"gcp/{config.zone.rpartition('-')[0]}/{config.zone}",
           "accelerators": f"tpu-{config.accelerator_type}",

@@ -5,7 +5,7 @@ trap 'echo "ERROR: setup.sh, line $LINENO: $BASH_COMMAND" >&2' ERR  # the launch
 url=$1 version=$2 bucket=$3 mount=$4 python=$5 uv=$6
 
 # The bucket as a folder: https://cloud.google.com/storage/docs/cloud-storage-fuse/install
-# Machines may come with one that is older than 2.8 and does not know the flags.
+# Machines may come with one that is too old to know the flags.
 if ! gcsfuse --help 2> /dev/null | grep -e --metadata-cache-negative-ttl-secs > /dev/null; then
   list="deb [signed-by=/usr/share/keyrings/cloud.google.asc] https://packages.cloud.google.com/apt"
   curl -fsS https://packages.cloud.google.com/apt/doc/apt-key.gpg | sudo tee /usr/share/keyrings/cloud.google.asc > /dev/null
