@@ -24,9 +24,11 @@ OLDEST_PYTHON = (3, 11)
 class Facts(NamedTuple):
   """What one host is like. environment: its MEGASCALE_ and TPU_ variables, and those of its metadata.
 
+  worker: its number among the `hosts` of its slice; None for what the metadata does not have.
   bucket: what is wrong with the mounted bucket, if anything is.
   """
   chips: int
+  worker: int | None
   hosts: int | None
   environment: dict[str, str]
   free_gb: float
@@ -43,7 +45,7 @@ def gather(mount: Path, devices: Path = Path("/dev")) -> Facts:
       environment.setdefault(name.strip(), value.strip().strip("'"))
   endpoints = host.metadata("worker-network-endpoints")
   chips = len(list(devices.glob("accel[0-9]*"))) or len(list(devices.glob("vfio/[0-9]*")))
-  return Facts(chips, len(endpoints.split(",")) if endpoints else None, environment,
+  return Facts(chips, host.worker_number(), len(endpoints.split(",")) if endpoints else None, environment,
                shutil.disk_usage(Path.home()).free / 1e9, sys.version_info[:2], wrong_with_bucket(mount))
 
 
@@ -68,7 +70,9 @@ def problems(facts: Facts, chips: int, hosts: int, slices: int, disk_gb: float) 
   found = []
   if facts.chips != chips:
     found.append(f"{facts.chips} chips are there, {chips} are expected")
-  if facts.hosts is not None and facts.hosts != hosts:
+  if hosts > 1 and None in (facts.worker, facts.hosts):
+    found.append("the metadata server does not say how many hosts there are and which one this is")
+  elif facts.hosts not in (None, hosts):
     found.append(f"the slice has {facts.hosts} hosts, {hosts} are expected")
   # Machines that replace others sometimes keep a number that makes start-up wait for ever.
   told = facts.environment.get("MEGASCALE_NUM_SLICES", "1")
@@ -136,7 +140,7 @@ def main(argv: list[str]) -> int:
   held = free_the_chips(args.folder.absolute())
   facts = gather(args.mount)
   found = ([held] if held else []) + problems(facts, args.chips, args.hosts, args.slices, args.disk_gb)
-  name = f"worker {host.worker_number()}"
+  name = f"worker {facts.worker or 0}"
   for line in found:
     print(f"ERROR: {name}: {line}", file=sys.stderr)
   variables = " ".join(f"{key}={value}" for key, value in sorted(facts.environment.items()))
