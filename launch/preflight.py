@@ -106,8 +106,11 @@ def free_the_chips(folder: Path, lock: Path = LOCK, processes: Path = Path("/pro
     else:
       words = (processes / str(holder) / "cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace")
       return f"process {holder} uses the chips, and is not of this run: {words.strip()[:100]}"
-  with contextlib.suppress(FileNotFoundError):
-    lock.unlink()
+  try:
+    lock.unlink(missing_ok=True)
+  except PermissionError:  # in /tmp only its owner may; nor can one see what other users' processes hold
+    return (f"{lock} is of another user (uid {lock.stat().st_uid}): end that user's work on the chips, then "
+            f"`sudo rm {lock}`")
   return None
 
 

@@ -4,6 +4,7 @@ import fcntl
 import http.server
 import json
 import os
+from pathlib import Path
 import signal
 import subprocess
 import sys
@@ -247,6 +248,18 @@ def test_somebody_elses_process_is_named_and_not_touched(tmp_path):
   finally:
     other.kill()
     other.wait()
+
+
+def test_another_users_lock_is_left_and_named(tmp_path, monkeypatch):
+  """In /tmp, which is sticky, nobody else can remove it, and that user's processes cannot be looked into."""
+  def unlink(path, missing_ok=False):
+    raise PermissionError(errno.EPERM, os.strerror(errno.EPERM), str(path))
+  monkeypatch.setattr(Path, "unlink", unlink)
+  lock = tmp_path / "libtpu_lockfile"
+  lock.touch()
+  assert preflight.free_the_chips(tmp_path / "host", lock) == (
+      f"{lock} is of another user (uid {os.getuid()}): end that user's work on the chips, then "
+      f"`sudo rm {lock}`")
 
 
 def test_a_number_in_a_file_is_no_sign_of_life(tmp_path):
