@@ -81,10 +81,13 @@ def test_another_run_is_not_started_beside_it(start, tmp_path):
     host.start(folder, tmp_path / "other", 0, ["true"])
 
 
+# The scripts below do not `open`: Python loses what a signal raises while a file is being closed.
+
+
 def test_a_stopped_command_may_save_first(start, tmp_path):
   ready = tmp_path / "ready"
-  folder, run = start("import signal, sys, time; signal.signal(15, lambda *_: sys.exit(42));"
-                      f"open({str(ready)!r}, 'w'); time.sleep(60)")
+  folder, run = start("import os, signal, sys, time; signal.signal(15, lambda *_: sys.exit(42));"
+                      f"os.mkdir({str(ready)!r}); time.sleep(60)")
   while not ready.exists():
     time.sleep(0.01)
   host.stop(folder, grace=30.0)
@@ -93,8 +96,8 @@ def test_a_stopped_command_may_save_first(start, tmp_path):
 
 def test_a_command_that_does_not_listen_is_killed(start, tmp_path):
   ready = tmp_path / "ready"
-  folder, run = start("import signal, time; signal.signal(15, signal.SIG_IGN);"
-                      f"open({str(ready)!r}, 'w'); time.sleep(60)")
+  folder, run = start("import os, signal, time; signal.signal(15, signal.SIG_IGN);"
+                      f"os.mkdir({str(ready)!r}); time.sleep(60)")
   while not ready.exists():
     time.sleep(0.01)
   host.stop(folder, grace=0.1)
@@ -104,8 +107,8 @@ def test_a_command_that_does_not_listen_is_killed(start, tmp_path):
 def test_a_sigterm_to_the_attendant_is_passed_on(start, tmp_path):
   """A machine that shuts down ends all processes; the exit code must be written down all the same."""
   ready = tmp_path / "ready"
-  folder, run = start("import signal, sys, time; signal.signal(15, lambda *_: sys.exit(42));"
-                      f"open({str(ready)!r}, 'w'); time.sleep(60)")
+  folder, run = start("import os, signal, sys, time; signal.signal(15, lambda *_: sys.exit(42));"
+                      f"os.mkdir({str(ready)!r}); time.sleep(60)")
   while not ready.exists():
     time.sleep(0.01)
   os.kill(host.pids(folder)[0], signal.SIGTERM)
