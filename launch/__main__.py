@@ -4,6 +4,7 @@ Exit code of `up`: the run's own, see lskd_jax/exit_codes.py; 1 where it was giv
 used up, 130 after Ctrl-C (the run goes on). Of the other verbs: 0, or 1 with one line that says why.
 """
 from argparse import ArgumentParser, Namespace
+import contextlib
 from pathlib import Path
 import sys
 import time
@@ -13,7 +14,7 @@ from launch import config as configs, gcloud, local, manifests
 from launch.accelerators import accelerator
 from launch.executor import Clock, CommandFailed, Refused, executor
 from launch.planner import HOUR
-from launch.up import locked, look, read_state, rehearse, state_folder, up
+from launch.up import as_there, locked, look, read_state, rehearse, state_folder, up
 from lskd_jax import exit_codes
 from lskd_jax.supervisor import describe, newest_step
 
@@ -104,6 +105,7 @@ def run_status(args) -> int:
   """A table of what there is."""
   config = configs.read(args.config, args.overrides, "tpu-vm")
   state = read_state(config)
+  config = as_there(config, state)
   run = _executor(config)
   seen = look(config, state, run)
   durable = newest_step(run(gcloud.markers(config)).split())
@@ -114,7 +116,7 @@ def run_status(args) -> int:
     doing = f"ended with {describe(state.code)}: {state.why}"
   else:
     doing = f"start {state.starts}, {'running' if state.running else 'not running'}"
-  rows = [("machines", f"{seen.resource or 'none'} ({config.nodes} x {config.accelerator_type})"),
+  rows = [("machines", f"{seen.resource or 'none'} ({machines(config)})"),
           ("run", doing), ("hosts that ended", ", ".join(map(describe, seen.exits)) or "none"),
           ("durable step", "none" if durable is None else durable),
           ("failures in a row", f"{state.failures} of {config.max_failures}"),
@@ -151,13 +153,14 @@ def run_down(args) -> int:
   config = configs.read(args.config, args.overrides, "tpu-vm")
   folder = state_folder(config)
   with locked(folder):
+    with contextlib.suppress(DataError):  # a state that cannot be read is forgotten, too
+      config = as_there(config, read_state(config))
     run = _executor(config)
     resource = run(gcloud.describe(config)).strip()
     if resource:
       if not args.yes:
-        machines = f"{config.nodes} x {config.accelerator_type}"
         try:
-          answer = input(f"delete {config.name} ({resource}, {machines})? [y/N] ")
+          answer = input(f"delete {config.name} ({resource}, {machines(config)})? [y/N] ")
         except EOFError:
           raise DataError("nothing was deleted: without a terminal to ask at, say --yes") from None
         if answer.strip().lower() not in ("y", "yes"):
@@ -165,7 +168,8 @@ def run_down(args) -> int:
           return exit_codes.INPUT
       run(gcloud.delete(config))
     (folder / "state.json").unlink(missing_ok=True)
-  done = "deleted" if resource else "there was nothing to delete"
+  place = f"in {config.zone} of {config.project}"
+  done = f"deleted {place}" if resource else f"there was nothing to delete {place}"
   print(f"{config.name}: {done}; checkpoints and logs are in {config.bucket}")
   return 0
 
@@ -182,6 +186,11 @@ def run_skypilot(args) -> int:
   config = configs.read(args.config, args.overrides, "skypilot")
   text = manifests.as_yaml(manifests.skypilot(config), f"sky jobs launch {args.out.name}")
   return _write(args.out, text)
+
+
+def machines(config) -> str:
+  """What a config asks for, in a few words."""
+  return f"{config.nodes} x {config.accelerator_type} in {config.zone} of {config.project}"
 
 
 def _write(path: Path, text: str) -> int:

@@ -26,17 +26,25 @@ ASK_EVERY = 600.0  # between questions to the hosts whether the command is there
 LONGEST_DELAY = HOUR / 2
 
 
+PLACE = ("project", "zone", "nodes", "accelerator_type")  # keys of a config that say which machines
+
+
 class State(NamedTuple):
   """What the launcher remembers; kept as JSON, so that `up` continues where another one left off.
 
   began: when the first `up` was called; it names the starts' folder in the bucket, so that what another
-  run of this name left there is never read. resource, since: the state seen last, and since when (Unix
-  seconds). spent: seconds of ACTIVE so far. code_version: hash of what was shipped. starts: of the command;
-  running: the last one has not been seen to end. asked: when the hosts were asked whether it is there.
-  before, durable: checkpointed steps when it started, and now. first_end: when the first host was seen to
-  have ended. troubles: commands that failed in a row. code, why: how the run ended.
+  run of this name left there is never read. project, …, accelerator_type: what was asked for last.
+  resource, since: the state seen last, and since when (Unix seconds). spent: seconds of ACTIVE so far.
+  code_version: hash of what was shipped. starts: of the command; running: the last one has not been seen
+  to end. asked: when the hosts were asked whether it is there. before, durable: checkpointed steps when it
+  started, and now. first_end: when the first host was seen to have ended. troubles: commands that failed
+  in a row. code, why: how the run ended.
   """
   began: str = ""
+  project: str = ""
+  zone: str = ""
+  nodes: int = 0
+  accelerator_type: str = ""
   resource: str = ""
   since: float = 0.0
   active_seen: float | None = None
@@ -118,7 +126,8 @@ def plan(config, version: str, state: State, seen: Seen, now: float) -> Plan:
   if resource is None:
     if now < state.not_before:
       return _wait(config, state, "waiting before the next request", state.not_before - now)
-    return Plan(state._replace(resource=QUEUED[0], since=now), "asking for machines",
+    place = {key: config[key] for key in PLACE}
+    return Plan(state._replace(resource=QUEUED[0], since=now, **place), "asking for machines",
                 (gcloud.create(config),))
   if resource in ENDED:
     what = f"{resource} ({seen.error})" if seen.error else resource

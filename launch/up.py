@@ -1,6 +1,7 @@
 """`up`: looks, plans and executes until the run is over; what it knows is in a file, so it can be stopped."""
 from collections.abc import Callable
 import contextlib
+import copy
 import fcntl
 import hashlib
 import importlib.metadata
@@ -12,11 +13,11 @@ import time
 
 from data_pipeline.records import DataError
 from data_pipeline.stages import write_json
-from launch import gcloud
+from launch import gcloud, planner
 from launch.accelerators import accelerator
 from launch.executor import Clock, CommandFailed, Refused, executor
 from launch.gcloud import Command
-from launch.planner import ASK_EVERY, HOUR, QUEUED, Seen, State, account, after_trouble, plan, run_folder
+from launch.planner import HOUR, QUEUED, Seen, State, account, after_trouble, plan, run_folder
 from lskd_jax import exit_codes
 from lskd_jax.supervisor import describe, newest_step
 
@@ -44,7 +45,9 @@ def up(config, say: Callable[[str], None], clock: Clock = REAL) -> int:
 def _until_done(config, say: Callable[[str], None], clock: Clock) -> int:
   folder = state_folder(config)
   with locked(folder):
-    state = taken_up(read_state(config), clock.now(), say)
+    state = read_state(config)
+    refuse_other_machines(config, state)
+    state = taken_up(state, clock.now(), say)
     # A start that runs, or a run that is done, does not depend on what the checkout has become.
     keep = state.running or state.code is not None
     version = state.code_version if keep else prepare(config)
@@ -52,7 +55,7 @@ def _until_done(config, say: Callable[[str], None], clock: Clock) -> int:
     said, answered = "", clock.now()
     while True:
       try:
-        seen = look(config, state, run, clock.now() - state.asked >= ASK_EVERY)
+        seen = look(config, state, run, clock.now() - state.asked >= planner.ASK_EVERY)
         answered = clock.now()
       except CommandFailed as error:  # says nothing about the run: this machine may be offline
         if clock.now() - answered > config.wait_hours * HOUR:
@@ -64,13 +67,20 @@ def _until_done(config, say: Callable[[str], None], clock: Clock) -> int:
       if todo.say != said:
         say(todo.say)
         said = todo.say
+      before = state
+      if gcloud.create(config) in todo.commands:  # it may work although it fails, or Ctrl-C comes
+        state = todo.state
+        write_state(config, state)
       try:
         for command in todo.commands:
           run(command)
         state = todo.state._replace(troubles=0) if todo.commands else todo.state
       except CommandFailed as error:
         state = after_trouble(config, state, clock.now(), str(error))
-      write_json(folder / "state.json", state._asdict())
+      except Refused:
+        write_state(config, before)
+        raise
+      write_state(config, state)
       if todo.done:
         return state.code
       clock.sleep(todo.wait)
@@ -128,6 +138,29 @@ def read_state(config) -> State:
     return State(**json.loads(path.read_text()))
   except (ValueError, TypeError):
     raise DataError(f"{path}: cannot be read; after `python -m launch down` begin anew") from None
+
+
+def write_state(config, state: State) -> None:
+  """For the next call."""
+  write_json(state_folder(config) / "state.json", state._asdict())
+
+
+def refuse_other_machines(config, state: State) -> None:
+  """Raises DataError if the config means other machines than those that may be there: nobody would look
+  after these any more.
+  """
+  for key in planner.PLACE if state.resource else ():
+    there = getattr(state, key)
+    if config[key] != there:
+      raise DataError(f"{key}={config[key]!r}: {config.name} ({state.resource}) is there with "
+                      f"{key}={there!r}; go on with that, or delete it first: `python -m launch down`")
+
+
+def as_there(config, state: State):
+  """The config with the machines that may be there, whatever it has become since they were asked for."""
+  there = copy.deepcopy(config)
+  there.update({key: getattr(state, key) for key in planner.PLACE if state.resource})
+  return there
 
 
 @contextlib.contextmanager
