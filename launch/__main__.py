@@ -13,8 +13,8 @@ from data_pipeline.records import DataError
 from launch import config as configs, gcloud, local, manifests
 from launch.accelerators import accelerator
 from launch.executor import Clock, CommandFailed, Refused, executor
-from launch.planner import HOUR
-from launch.up import as_there, locked, look, read_state, rehearse, state_folder, up
+from launch.planner import HOUR, State
+from launch.up import as_there, asked_here, locked, look, read_state, rehearse, state_folder, up
 from lskd_jax import exit_codes
 from lskd_jax.supervisor import describe, newest_step
 
@@ -108,6 +108,7 @@ def run_status(args) -> int:
   config = as_there(config, state)
   run = _executor(config)
   seen = look(config, state, run)
+  ours = not seen.resource or asked_here(config, state)
   durable = newest_step(run(gcloud.markers(config)).split())
   spent = state.spent + (time.time() - state.active_seen if state.active_seen else 0.0)
   hours = spent / HOUR
@@ -116,7 +117,7 @@ def run_status(args) -> int:
     doing = f"ended with {describe(state.code)}: {state.why}"
   else:
     doing = f"start {state.starts}, {'running' if state.running else 'not running'}"
-  rows = [("machines", f"{seen.resource or 'none'} ({machines(config)})"),
+  rows = [("machines", f"{seen.resource or 'none'} ({machines(config, ours)})"),
           ("run", doing), ("hosts that ended", ", ".join(map(describe, seen.exits)) or "none"),
           ("durable step", "none" if durable is None else durable),
           ("failures in a row", f"{state.failures} of {config.max_failures}"),
@@ -153,14 +154,17 @@ def run_down(args) -> int:
   config = configs.read(args.config, args.overrides, "tpu-vm")
   folder = state_folder(config)
   with locked(folder):
+    state = State()
     with contextlib.suppress(DataError):  # a state that cannot be read is forgotten, too
-      config = as_there(config, read_state(config))
+      state = read_state(config)
+    config = as_there(config, state)
     run = _executor(config)
     resource = run(gcloud.describe(config)).strip()
     if resource:
       if not args.yes:
         try:
-          answer = input(f"delete {config.name} ({resource}, {machines(config)})? [y/N] ")
+          what = machines(config, asked_here(config, state))
+          answer = input(f"delete {config.name} ({resource}, {what})? [y/N] ")
         except EOFError:
           raise DataError("nothing was deleted: without a terminal to ask at, say --yes") from None
         if answer.strip().lower() not in ("y", "yes"):
@@ -188,9 +192,11 @@ def run_skypilot(args) -> int:
   return _write(args.out, text)
 
 
-def machines(config) -> str:
-  """What a config asks for, in a few words."""
-  return f"{config.nodes} x {config.accelerator_type} in {config.zone} of {config.project}"
+def machines(config, ours: bool) -> str:
+  """What is there, in a few words; what somebody else asked for may be of any size."""
+  what = (f"{config.nodes} x {config.accelerator_type}" if ours
+          else "not asked for by this state,")
+  return f"{what} in {config.zone} of {config.project}"
 
 
 def _write(path: Path, text: str) -> int:

@@ -62,6 +62,10 @@ def _until_done(config, say: Callable[[str], None], clock: Clock) -> int:
           raise Refused(f"gcloud has not answered for {config.wait_hours:g} hours: {error}") from None
         clock.sleep(config.poll)
         continue
+      if seen.resource and not asked_here(config, state):
+        raise DataError(f"{config.name} ({seen.resource}) is in {config.zone} of {config.project} already, "
+                        f"and {folder}/state.json has not asked for it: take another `name`, or the `state` "
+                        "that has, or delete it with `python -m launch down`")
       state = account(state, seen, clock.now())
       todo = plan(config, version, state, seen, clock.now())
       if todo.say != said:
@@ -154,6 +158,11 @@ def refuse_other_machines(config, state: State) -> None:
     if config[key] != there:
       raise DataError(f"{key}={config[key]!r}: {config.name} ({state.resource}) is there with "
                       f"{key}={there!r}; go on with that, or delete it first: `python -m launch down`")
+
+
+def asked_here(config, state: State) -> bool:
+  """Whether what has the run's name in that zone was asked for by this state; else it is somebody else's."""
+  return (state.project, state.zone) == (config.project, config.zone)
 
 
 def as_there(config, state: State):

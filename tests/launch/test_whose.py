@@ -76,3 +76,37 @@ def test_down_helps_against_a_state_that_cannot_be_read(launch, cloud, config, t
   assert launch("down", "--yes")[0] == 0
   assert json.loads((tmp_path / "cloud.json").read_text())["life"] is None
   assert read_state(config).resource == ""
+
+
+# ---- those of others ----
+
+
+@pytest.fixture
+def of_others(cloud):
+  """Machines of the same name, at work for somebody else."""
+  cloud(lives=[DONE], life={"states": [ACTIVE], "starts": [ENDLESS]}, looks=-1)
+
+
+def test_machines_that_this_state_has_not_asked_for_are_left_alone(config, of_others, clock):
+  with pytest.raises(DataError, match=r"^run \(ACTIVE\) is in zone-a of project already, and \S+/state.json "
+                                      "has not asked for it: take another `name`"):
+    up(config, print, clock)
+  assert "ssh" not in commands(config) and "delete" not in commands(config)
+  with pytest.raises(DataError):
+    up(config, print, clock)  # a second call knows no better
+
+
+def test_another_launchers_run_is_left_alone(config, cloud, clock, tmp_path):
+  cloud(lives=[{"states": [ACTIVE], "starts": [ENDLESS]}])
+  interrupted(config, clock, 6)
+  config.state = str(tmp_path / "elsewhere")
+  with pytest.raises(DataError, match="has not asked for it"):
+    up(config, print, clock)
+
+
+def test_who_wants_to_delete_the_machines_of_others_learns_that_they_are(of_others, launch, monkeypatch):
+  asked = []
+  monkeypatch.setattr("builtins.input", lambda text: asked.append(text) or "y")
+  assert "ACTIVE (not asked for by this state, in zone-a of project)" in launch("status")[1].out
+  assert launch("down")[0] == 0
+  assert asked == ["delete run (ACTIVE, not asked for by this state, in zone-a of project)? [y/N] "]
