@@ -36,9 +36,10 @@ class State(NamedTuple):
   run of this name left there is never read. project, …, accelerator_type: what was asked for last.
   resource, since: the state seen last, and since when (Unix seconds). spent: seconds of ACTIVE so far.
   code_version: hash of what was shipped. starts: of the command; running: the last one has not been seen
-  to end. asked: when the hosts were asked whether it is there. before, durable: checkpointed steps when it
-  started, and now. first_end: when the first host was seen to have ended. troubles: commands that failed
-  in a row. code, why: how the run ended.
+  to end; preempted: it ended so, and was counted, on the machines that are there. asked: when the hosts
+  were asked whether the command is there. before, durable: checkpointed steps when it started, and now.
+  first_end: when the first host was seen to have ended. troubles: commands that failed in a row. code, why:
+  how the run ended.
   """
   began: str = ""
   project: str = ""
@@ -52,6 +53,7 @@ class State(NamedTuple):
   code_version: str = ""
   starts: int = 0
   running: bool = False
+  preempted: bool = False
   asked: float = 0.0
   before: int | None = None
   durable: int | None = None
@@ -132,8 +134,10 @@ def plan(config, version: str, state: State, seen: Seen, now: float) -> Plan:
   if resource in ENDED:
     what = f"{resource} ({seen.error})" if seen.error else resource
     if not was_running:  # refused, or taken away, before anything ran
-      state = (_useless(config, state, now, what) if resource == "FAILED" else
-               _after(config, state, _lost(config, state, seen), now))
+      if resource == "FAILED":
+        state = _useless(config, state, now, what)
+      elif not state.preempted:
+        state = _after(config, state, _lost(config, state, seen), now)
       if state.code is not None:
         return _wind_down(config, state, resource)
     return _replace(config, state, f"{what}: deleting what is left")
@@ -156,7 +160,7 @@ def _active(config, state: State, seen: Seen, now: float) -> Plan:
     if now < state.not_before:
       return _wait(config, state, "ACTIVE: waiting before the next start", state.not_before - now)
     step = "the beginning" if state.durable is None else f"step {state.durable}"
-    state = state._replace(starts=state.starts + 1, running=True, asked=now)
+    state = state._replace(starts=state.starts + 1, running=True, preempted=False, asked=now)
     return Plan(state, f"start {state.starts} from {step}: preparing all hosts",
                 (*gcloud.setup(config, version), *gcloud.preflight(config, version),
                  *gcloud.start(config, version, run_folder(state))))
@@ -211,7 +215,8 @@ def _useless(config, state: State, now: float, error: str) -> State:
 
 def _after(config, state: State, decision: Decision, now: float) -> State:
   """The state once a start is over."""
-  state = state._replace(running=False, first_end=None, stopped=False, failures=decision.tally.failures,
+  state = state._replace(running=False, preempted=decision.code in exit_codes.PREEMPTIONS, first_end=None,
+                         stopped=False, failures=decision.tally.failures,
                          preemptions=decision.tally.preemptions, not_before=now + decision.delay)
   return state if decision.restart else state._replace(code=decision.code, why=decision.why)
 
@@ -227,7 +232,7 @@ def _wind_down(config, state: State, resource: str | None) -> Plan:
 
 
 def _replace(config, state: State, why: str) -> Plan:
-  return Plan(state._replace(resource="", active_seen=None), why, (gcloud.delete(config),))
+  return Plan(state._replace(resource="", active_seen=None, preempted=False), why, (gcloud.delete(config),))
 
 
 def _wait(config, state: State, why: str, seconds: float | None = None) -> Plan:

@@ -61,6 +61,22 @@ def test_machines_that_are_taken_away_before_a_start_are_nobodys_fault(config, c
   assert read_state(config).preemptions == 5
 
 
+def test_a_preemption_with_a_warning_counts_once(config, cloud, clock):
+  """The hosts end with 42 while the machines are there, which are taken away a moment later."""
+  config.max_preemptions = 1
+  cloud(lives=[{"states": [*[ACTIVE] * 3, "SUSPENDING", "SUSPENDED"],
+                "starts": [{"after": 1, "exits": [[42, 42]]}]}, DONE], commits={"1": 40, "2": 80})
+  assert up(config, print, clock) == 0
+  assert read_state(config).preemptions == 1
+
+
+def test_machines_that_are_taken_away_before_a_start_count_after_a_preemption_too(config, cloud, clock):
+  cloud(lives=[{"states": [*[ACTIVE] * 3, "SUSPENDED"], "starts": [ENDLESS]},
+               {"states": ["SUSPENDED"], "starts": []}, DONE])
+  assert up(config, print, clock) == 0
+  assert read_state(config).preemptions == 2
+
+
 def test_who_is_logged_out_learns_that_machines_are_there(config, cloud, clock):
   cloud(lives=[{"states": [ACTIVE], "starts": [ENDLESS]}],
         failures={"describe 6": "UNAUTHENTICATED: Request had invalid authentication credentials."})
