@@ -13,7 +13,7 @@ from data_pipeline.records import DataError
 from launch import config as configs, gcloud, local, manifests
 from launch.accelerators import accelerator
 from launch.executor import Clock, CommandFailed, Refused, executor
-from launch.planner import HOUR, State
+from launch.planner import HOUR, State, account
 from launch.up import as_there, asked_here, locked, look, read_state, rehearse, state_folder, up
 from lskd_jax import exit_codes
 from lskd_jax.supervisor import describe, newest_step
@@ -110,8 +110,7 @@ def run_status(args) -> int:
   seen = look(config, state, run)
   ours = not seen.resource or asked_here(config, state)
   durable = newest_step(run(gcloud.markers(config)).split())
-  spent = state.spent + (time.time() - state.active_seen if state.active_seen else 0.0)
-  hours = spent / HOUR
+  hours = account(state, seen, time.time()).spent / HOUR
   chips = accelerator(config.accelerator_type).chips * config.nodes
   if state.code is not None:
     doing = f"ended with {describe(state.code)}: {state.why}"

@@ -70,12 +70,14 @@ class State(NamedTuple):
 class Seen(NamedTuple):
   """One look. resource: None if there is none. exits: codes of the hosts that ended, earliest first.
 
-  idle: hosts that said that no command is there; None if they were not asked. error: why a request FAILED.
+  idle: hosts that said that no command is there; None if they were not asked. alive: when a host last wrote
+  to the bucket, as far as it was asked for. error: why a request FAILED.
   """
   resource: str | None
   exits: tuple[int, ...] = ()
   durable: int | None = None
   idle: int | None = None
+  alive: float = 0.0
   error: str = ""
 
 
@@ -89,16 +91,25 @@ class Plan(NamedTuple):
 
 
 def account(state: State, seen: Seen, now: float) -> State:
-  """The state after a look: what is there, since when, and the time the machines have been there."""
+  """The state after a look: what is there, since when, and the time the machines have been there.
+
+  Machines that are gone count until their newest sign of life that is known: nobody may have looked for days.
+  """
   resource = seen.resource or ""
   if state.active_seen is not None:
-    state = state._replace(spent=state.spent + now - state.active_seen)
+    end = now if resource == "ACTIVE" else max(state.active_seen, min(seen.alive, now))
+    state = state._replace(spent=state.spent + end - state.active_seen)
   if resource != state.resource:
     state = state._replace(resource=resource, since=now)
   durable = state.durable if seen.durable is None else seen.durable
   return state._replace(active_seen=now if resource == "ACTIVE" else None, durable=durable,
                         before=state.before if state.running else durable,
                         asked=state.asked if seen.idle is None else now)
+
+
+def hosts(config) -> int:
+  """How many hosts the machines have."""
+  return config.nodes * accelerator(config.accelerator_type).hosts
 
 
 def run_folder(state: State) -> str:
@@ -108,18 +119,21 @@ def run_folder(state: State) -> str:
 
 def plan(config, version: str, state: State, seen: Seen, now: float) -> Plan:
   """What to do next. version: hash of the code to run; state: after `account`; now: Unix seconds."""
-  resource = seen.resource
+  resource, was_running, ended = seen.resource, state.running, None
+  if was_running and (len(seen.exits) >= hosts(config) or resource not in ("ACTIVE", *ENDING)):
+    ended = _verdict(config, state, seen)
+    state = _after(config, state, ended, now)
+  # After the exit codes: a run that is done is done, whatever it took.
   if state.code is None and state.spent >= config.budget_hours * HOUR:
     state = state._replace(code=exit_codes.INPUT,
                            why=f"the budget of {config.budget_hours:g} hours is used up")
   if state.code is None and state.troubles > config.max_failures:
     state = state._replace(code=exit_codes.INPUT, why=f"{state.troubles} commands failed in a row, the last "
                            f"with: {state.why}")
-  was_running = state.running
-  if was_running and resource != "ACTIVE" and resource not in ENDING:
-    state = _after(config, state, _lost(config, state, seen), now)
   if state.code is not None:
     return _wind_down(config, state, resource)
+  if ended and resource == "ACTIVE":
+    return _wait(config, state, ended.why, ended.delay)
   if not was_running and state.code_version != version:  # before there are machines that cost money
     if now < state.not_before:
       return _wait(config, state, "waiting before the code is shipped again", state.not_before - now)
@@ -137,7 +151,7 @@ def plan(config, version: str, state: State, seen: Seen, now: float) -> Plan:
       if resource == "FAILED":
         state = _useless(config, state, now, what)
       elif not state.preempted:
-        state = _after(config, state, _lost(config, state, seen), now)
+        state = _after(config, state, _verdict(config, state, seen), now)
       if state.code is not None:
         return _wind_down(config, state, resource)
     return _replace(config, state, f"{what}: deleting what is left")
@@ -165,7 +179,7 @@ def _active(config, state: State, seen: Seen, now: float) -> Plan:
                 (*gcloud.setup(config, version), *gcloud.preflight(config, version),
                  *gcloud.start(config, version, run_folder(state))))
   if (seen.idle or 0) > len(seen.exits):
-    decision = _lost(config, state, seen, KILLED)
+    decision = _verdict(config, state, seen, KILLED)
     state = _after(config, state, decision, now)
     if state.code is not None:
       return _wind_down(config, state, seen.resource)
@@ -173,33 +187,25 @@ def _active(config, state: State, seen: Seen, now: float) -> Plan:
                  decision.delay)
   if not seen.exits:
     return _wait(config, state, f"running, start {state.starts}")
-  hosts = config.nodes * accelerator(config.accelerator_type).hosts
-  if len(seen.exits) >= hosts:
-    decision = decide(seen.exits, state.before, state.durable, _tally(state), _budgets(config))
-    state = _after(config, state, decision, now)
-    if state.code is not None:
-      return _wind_down(config, state, seen.resource)
-    return _wait(config, state, decision.why, decision.delay)
   if state.first_end is None:
     state = state._replace(first_end=now)
   if not state.stopped:
     if now - state.first_end <= (config.linger if any(seen.exits) else LAST_HOSTS):
-      return _wait(config, state, f"{len(seen.exits)} of {hosts} hosts have ended",
+      return _wait(config, state, f"{len(seen.exits)} of {hosts(config)} hosts have ended",
                    min(config.poll, config.linger))
     return Plan(state._replace(stopped=True, first_end=now), "ending the other hosts",
                 tuple(gcloud.stop(config, version)))
   if now - state.first_end <= AFTER_STOP:
-    return _wait(config, state, f"{len(seen.exits)} of {hosts} hosts have ended")
-  state = _after(config, state, _lost(config, state, seen), now)
+    return _wait(config, state, f"{len(seen.exits)} of {hosts(config)} hosts have ended")
+  state = _after(config, state, _verdict(config, state, seen), now)
   if state.code is not None:
     return _wind_down(config, state, seen.resource)
   return _replace(config, state, "hosts do not answer: taking others")
 
 
-def _lost(config, state: State, seen: Seen, code: int = exit_codes.PREEMPTED) -> Decision:
-  """What follows when hosts left no exit code; `code` is theirs: if machines are gone, preempted unsaved."""
-  hosts = config.nodes * accelerator(config.accelerator_type).hosts
-  codes = seen.exits if len(seen.exits) >= hosts else (*seen.exits, code)
+def _verdict(config, state: State, seen: Seen, code: int = exit_codes.PREEMPTED) -> Decision:
+  """What follows when a start is over. `code` is of hosts that left none; if machines are gone, preempted."""
+  codes = seen.exits if len(seen.exits) >= hosts(config) else (*seen.exits, code)
   return decide(codes, state.before, state.durable, _tally(state), _budgets(config))
 
 

@@ -2,19 +2,20 @@
 from collections.abc import Callable
 import contextlib
 import copy
+import datetime
 import fcntl
 import hashlib
 import importlib.metadata
 import importlib.resources
 import json
 from pathlib import Path
+import re
 import subprocess
 import time
 
 from data_pipeline.records import DataError
 from data_pipeline.stages import write_json
 from launch import gcloud, planner
-from launch.accelerators import accelerator
 from launch.executor import Clock, CommandFailed, Refused, executor
 from launch.gcloud import Command
 from launch.planner import HOUR, QUEUED, Seen, State, account, after_trouble, plan, run_folder
@@ -106,21 +107,29 @@ def taken_up(state: State, now: float, say: Callable[[str], None]) -> State:
 def look(config, state: State, run: Callable[[Command], str], ask: bool = False) -> Seen:
   """What is there now; only as many commands as the state needs. ask: also ask the hosts, which is slow."""
   resource = run(gcloud.describe(config)).strip() or None
-  exits, durable, idle = (), None, None
+  exits, durable, idle, alive = (), None, None, 0.0
   error = " ".join(run(gcloud.refusal(config)).split()) if resource == "FAILED" else ""
   if state.running:
     if ask and resource == "ACTIVE":  # before the exit codes: a host that is idle has written its own
       idle = sum(run(one).split().count("IDLE") for one in gcloud.ask(config, state.code_version))
     exits = read_exits(run(gcloud.exits(config, run_folder(state))))
+    if resource != "ACTIVE" and state.active_seen:  # taken away since the last look
+      alive = newest_time(run(gcloud.written(config, run_folder(state))))
   if exits or idle or (resource == "ACTIVE") != state.running:
     durable = newest_step(run(gcloud.markers(config)).split())
-  return Seen(resource, exits, durable, idle, error)
+  return Seen(resource, exits, durable, idle, alive, error)
 
 
 def read_exits(text: str) -> tuple[int, ...]:
   """Exit codes of lines such as {"time": 1.5, "code": 42}, earliest first."""
   found = [json.loads(line) for line in text.splitlines() if line.strip()]
   return tuple(one["code"] for one in sorted(found, key=lambda one: one["time"]))
+
+
+def newest_time(text: str) -> float:
+  """The newest of the times, such as 2026-08-01T12:00:00Z, in a listing; Unix seconds, 0 if there is none."""
+  found = re.findall(r"\b\d{4}-\d\d-\d\dT\d\d:\d\d:\d\dZ", text)
+  return max((datetime.datetime.fromisoformat(one).timestamp() for one in found), default=0.0)
 
 
 # ---- what is kept on this machine ----
@@ -239,7 +248,7 @@ def rehearse(config) -> list[str]:
     version, remarks = prepare(config), []
   except DataError as error:
     version, remarks = "HASH", [f"# to be mended before it can be shipped: {error}"]
-  hosts = config.nodes * accelerator(config.accelerator_type).hosts
+  hosts = planner.hosts(config)
   state, resource, exits = State(began="TIME"), None, ()
   lines = [*remarks, f"# every {config.poll:g} s", str(gcloud.describe(config))]
   while True:

@@ -7,6 +7,7 @@ $FAKE_CLOUD names the file:
              "error" is why its request failed; "idle" are the numbers of asked hosts that have no command
   failures   of commands, {"create 1": "text on stderr"}: the first `create` fails
   commits    {"2": 40}: since the second start, checkpoint 40 is committed
+  written    when the hosts last wrote to the bucket, such as 2027-01-15T08:00:00Z; without it, never
 """
 import json
 import os
@@ -107,6 +108,11 @@ def cat(cloud, words):
 
 
 def ls(cloud, words):
+  if "--long" in words:
+    if "written" not in cloud:
+      raise LookupError("One or more URLs matched no objects.")
+    return (f"      2048  {cloud['written']}  {words[-1].replace('*', 'log-0-0.txt')}\n"
+            "TOTAL: 1 objects, 2048 bytes (2kiB)\n")
   step = cloud.get("commits", {}).get(str(cloud.get("begun", 0)))
   if step is None:
     raise LookupError("One or more URLs matched no objects.")
