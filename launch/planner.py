@@ -23,6 +23,7 @@ LONGEST = {"PROVISIONING": 2 * HOUR, "SUSPENDING": HOUR, "DELETING": HOUR}
 LAST_HOSTS = HOUR  # for the others to finish after one host is done: they may still write the model
 AFTER_STOP = 600.0  # for exit files to appear after hosts were told to stop
 ASK_EVERY = 600.0  # between questions to the hosts whether the command is there
+LONGEST_SILENCE = HOUR  # without an answer, and without a word in the bucket, where logs come twice a minute
 LONGEST_DELAY = HOUR / 2
 
 
@@ -37,9 +38,9 @@ class State(NamedTuple):
   resource, since: the state seen last, and since when (Unix seconds). spent: seconds of ACTIVE so far.
   code_version: hash of what was shipped. starts: of the command; running: the last one has not been seen
   to end; preempted: it ended so, and was counted, on the machines that are there. asked: when the hosts
-  were asked whether the command is there. before, durable: checkpointed steps when it started, and now.
-  first_end: when the first host was seen to have ended. troubles: commands that failed in a row. code, why:
-  how the run ended.
+  were asked whether the command is there; unheard: since when they have not all answered. before, durable:
+  checkpointed steps when it started, and now. first_end: when the first host was seen to have ended.
+  troubles: commands that failed in a row. code, why: how the run ended.
   """
   began: str = ""
   project: str = ""
@@ -55,6 +56,7 @@ class State(NamedTuple):
   running: bool = False
   preempted: bool = False
   asked: float = 0.0
+  unheard: float | None = None
   before: int | None = None
   durable: int | None = None
   first_end: float | None = None
@@ -70,13 +72,14 @@ class State(NamedTuple):
 class Seen(NamedTuple):
   """One look. resource: None if there is none. exits: codes of the hosts that ended, earliest first.
 
-  idle: hosts that said that no command is there; None if they were not asked. alive: when a host last wrote
-  to the bucket, as far as it was asked for. error: why a request FAILED.
+  idle: hosts that said that no command is there; None if they were not asked; silent: some did not answer.
+  alive: when a host last wrote to the bucket; only looked up where it matters. error: why a request FAILED.
   """
   resource: str | None
   exits: tuple[int, ...] = ()
   durable: int | None = None
   idle: int | None = None
+  silent: bool = False
   alive: float = 0.0
   error: str = ""
 
@@ -101,10 +104,11 @@ def account(state: State, seen: Seen, now: float) -> State:
     state = state._replace(spent=state.spent + end - state.active_seen)
   if resource != state.resource:
     state = state._replace(resource=resource, since=now)
+  if seen.idle is not None:
+    state = state._replace(asked=now, unheard=(state.unheard or now) if seen.silent else None)
   durable = state.durable if seen.durable is None else seen.durable
   return state._replace(active_seen=now if resource == "ACTIVE" else None, durable=durable,
-                        before=state.before if state.running else durable,
-                        asked=state.asked if seen.idle is None else now)
+                        before=state.before if state.running else durable)
 
 
 def hosts(config) -> int:
@@ -174,7 +178,8 @@ def _active(config, state: State, seen: Seen, now: float) -> Plan:
     if now < state.not_before:
       return _wait(config, state, "ACTIVE: waiting before the next start", state.not_before - now)
     step = "the beginning" if state.durable is None else f"step {state.durable}"
-    state = state._replace(starts=state.starts + 1, running=True, preempted=False, asked=now)
+    state = state._replace(starts=state.starts + 1, running=True, preempted=False, asked=now,
+                           unheard=None)
     return Plan(state, f"start {state.starts} from {step}: preparing all hosts",
                 (*gcloud.setup(config, version), *gcloud.preflight(config, version),
                  *gcloud.start(config, version, run_folder(state))))
@@ -186,6 +191,9 @@ def _active(config, state: State, seen: Seen, now: float) -> Plan:
     return _wait(config, state, f"a host lost the command and left no exit code: {decision.why}",
                  decision.delay)
   if not seen.exits:
+    if seen.silent and min(now - state.unheard, now - seen.alive) > LONGEST_SILENCE:
+      return _take_others(config, state, seen, KILLED, now,
+                          f"nothing was heard of the hosts for {LONGEST_SILENCE / HOUR:g} h: taking others")
     return _wait(config, state, f"running, start {state.starts}")
   if state.first_end is None:
     state = state._replace(first_end=now)
@@ -197,10 +205,13 @@ def _active(config, state: State, seen: Seen, now: float) -> Plan:
                 tuple(gcloud.stop(config, version)))
   if now - state.first_end <= AFTER_STOP:
     return _wait(config, state, f"{len(seen.exits)} of {hosts(config)} hosts have ended")
-  state = _after(config, state, _verdict(config, state, seen), now)
-  if state.code is not None:
-    return _wind_down(config, state, seen.resource)
-  return _replace(config, state, "hosts do not answer: taking others")
+  return _take_others(config, state, seen, exit_codes.PREEMPTED, now, "hosts do not answer: taking others")
+
+
+def _take_others(config, state: State, seen: Seen, code: int, now: float, why: str) -> Plan:
+  """Replaces machines on which a start is over, with `code` of the hosts that left none."""
+  state = _after(config, state, _verdict(config, state, seen, code), now)
+  return _replace(config, state, why) if state.code is None else _wind_down(config, state, seen.resource)
 
 
 def _verdict(config, state: State, seen: Seen, code: int = exit_codes.PREEMPTED) -> Decision:

@@ -107,17 +107,19 @@ def taken_up(state: State, now: float, say: Callable[[str], None]) -> State:
 def look(config, state: State, run: Callable[[Command], str], ask: bool = False) -> Seen:
   """What is there now; only as many commands as the state needs. ask: also ask the hosts, which is slow."""
   resource = run(gcloud.describe(config)).strip() or None
-  exits, durable, idle, alive = (), None, None, 0.0
+  exits, durable, idle, silent, alive = (), None, None, False, 0.0
   error = " ".join(run(gcloud.refusal(config)).split()) if resource == "FAILED" else ""
   if state.running:
     if ask and resource == "ACTIVE":  # before the exit codes: a host that is idle has written its own
-      idle = sum(run(one).split().count("IDLE") for one in gcloud.ask(config, state.code_version))
+      words = " ".join(map(run, gcloud.ask(config, state.code_version))).split()
+      idle = words.count("IDLE")
+      silent = idle + words.count("RUNS") < planner.hosts(config)
     exits = read_exits(run(gcloud.exits(config, run_folder(state))))
-    if resource != "ACTIVE" and state.active_seen:  # taken away since the last look
+    if silent or resource != "ACTIVE" and state.active_seen:  # or taken away since the last look
       alive = newest_time(run(gcloud.written(config, run_folder(state))))
   if exits or idle or (resource == "ACTIVE") != state.running:
     durable = newest_step(run(gcloud.markers(config)).split())
-  return Seen(resource, exits, durable, idle, alive, error)
+  return Seen(resource, exits, durable, idle, silent, alive, error)
 
 
 def read_exits(text: str) -> tuple[int, ...]:
