@@ -192,7 +192,7 @@ def _active(config, state: State, seen: Seen, now: float) -> Plan:
                  decision.delay)
   if not seen.exits:
     if seen.silent and min(now - state.unheard, now - seen.alive) > LONGEST_SILENCE:
-      return _take_others(config, state, seen, KILLED, now,
+      return _take_others(config, state, seen, now,
                           f"nothing was heard of the hosts for {LONGEST_SILENCE / HOUR:g} h: taking others")
     return _wait(config, state, f"running, start {state.starts}")
   if state.first_end is None:
@@ -205,12 +205,12 @@ def _active(config, state: State, seen: Seen, now: float) -> Plan:
                 tuple(gcloud.stop(config, version)))
   if now - state.first_end <= AFTER_STOP:
     return _wait(config, state, f"{len(seen.exits)} of {hosts(config)} hosts have ended")
-  return _take_others(config, state, seen, exit_codes.PREEMPTED, now, "hosts do not answer: taking others")
+  return _take_others(config, state, seen, now, "hosts do not answer: taking others")
 
 
-def _take_others(config, state: State, seen: Seen, code: int, now: float, why: str) -> Plan:
-  """Replaces machines on which a start is over, with `code` of the hosts that left none."""
-  state = _after(config, state, _verdict(config, state, seen, code), now)
+def _take_others(config, state: State, seen: Seen, now: float, why: str) -> Plan:
+  """Replaces machines some of whose hosts hang: a failure, unless the others said that they were preempted."""
+  state = _after(config, state, _verdict(config, state, seen, KILLED), now)
   return _replace(config, state, why) if state.code is None else _wind_down(config, state, seen.resource)
 
 

@@ -174,6 +174,18 @@ def test_a_host_without_command_and_without_exit_code_counts_as_killed(config, c
   assert read_state(config).starts == 2
 
 
+@pytest.mark.parametrize("ended, preemptions", [([151], 0), ([0], 0), ([42], 2), ([43], 2)])
+def test_a_host_that_hangs_is_a_failure_unless_the_others_were_preempted(
+    config, cloud, clock, ended, preemptions):
+  """What left no exit code is no preemption by itself: there would be no limit to it."""
+  config.max_failures = config.max_preemptions = 1
+  cloud(lives=[{"states": [ACTIVE], "starts": [{"after": 1, "exits": [ended]}]}] * 9,
+        commits={str(n): 40 for n in range(9)})
+  assert up(config, print, clock) == (ended[0] if preemptions else 137)
+  assert requests(config) == 2
+  assert read_state(config).preemptions == preemptions
+
+
 UNREACHABLE = {f"ask {n}": "[/usr/bin/ssh] exited with return code [255]." for n in range(1, 999)}
 
 
