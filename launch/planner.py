@@ -209,7 +209,7 @@ def _active(config, state: State, seen: Seen, now: float) -> Plan:
 
 
 def _take_others(config, state: State, seen: Seen, now: float, why: str) -> Plan:
-  """Replaces machines some of whose hosts hang: a failure, unless the others said that they were preempted."""
+  """Replaces machines some of whose hosts hang: a failure, unless others said that they were preempted."""
   state = _after(config, state, _verdict(config, state, seen, KILLED), now)
   return _replace(config, state, why) if state.code is None else _wind_down(config, state, seen.resource)
 

@@ -25,6 +25,8 @@ from lskd_jax.supervisor import describe, newest_step
 OWN = ("lskd-jax", "lskd_jax", "pip", "setuptools", "wheel")  # installed from the checkout, or there anyway
 
 
+LOOKS = 5  # must fail in a row before gcloud is given up: time also passes while a laptop is asleep
+
 REAL = Clock()
 
 
@@ -53,13 +55,14 @@ def _until_done(config, say: Callable[[str], None], clock: Clock) -> int:
     keep = state.running or state.code is not None
     version = state.code_version if keep else prepare(config)
     run = executor(folder / "transcript.log", clock, say)
-    said, answered = "", clock.now()
+    said, unanswered = "", []  # times of the looks that have failed since the last that did not
     while True:
       try:
         seen = look(config, state, run, clock.now() - state.asked >= planner.ASK_EVERY)
-        answered = clock.now()
+        unanswered = []
       except CommandFailed as error:  # says nothing about the run: this machine may be offline
-        if clock.now() - answered > config.wait_hours * HOUR:
+        unanswered.append(clock.now())
+        if len(unanswered) >= LOOKS and clock.now() - unanswered[0] > config.wait_hours * HOUR:
           raise Refused(f"gcloud has not answered for {config.wait_hours:g} hours: {error}") from None
         clock.sleep(config.poll)
         continue

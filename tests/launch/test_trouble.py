@@ -77,11 +77,39 @@ def test_machines_that_are_taken_away_before_a_start_count_after_a_preemption_to
   assert read_state(config).preemptions == 2
 
 
-def test_who_is_logged_out_learns_that_machines_are_there(config, cloud, clock):
+@pytest.mark.parametrize("error", [
+    "UNAUTHENTICATED: Request had invalid authentication credentials.",
+    "There was a problem refreshing your current auth tokens: ('invalid_grant: Bad Request', {'error': "
+    "'invalid_grant', 'error_description': 'reauth related error (invalid_rapt)'})"])
+def test_who_is_logged_out_learns_that_machines_are_there(config, cloud, clock, error):
   cloud(lives=[{"states": [ACTIVE], "starts": [ENDLESS]}],
-        failures={"describe 6": "UNAUTHENTICATED: Request had invalid authentication credentials."})
-  with pytest.raises(Refused, match=r"UNAUTHENTICATED: .* run \(ACTIVE\) is still there and may cost money"):
+        failures={f"describe {n}": error for n in range(6, 999)})
+  there = r".* run \(ACTIVE\) is still there and may cost money"
+  with pytest.raises(Refused, match=re.escape(error) + there):
     up(config, print, clock)
+
+
+def test_who_may_not_reach_the_hosts_learns_it_at_once(config, cloud, clock):
+  denied = "ERROR: (gcloud.compute.tpus.tpu-vm.ssh) PERMISSION_DENIED: Permission 'tpu.nodes.update' denied"
+  cloud(lives=[{"states": [ACTIVE], "starts": []}], failures={"setup 1": denied})
+  with pytest.raises(Refused, match=re.escape(denied)):
+    up(config, print, clock)
+  assert requests(config) == 1
+
+
+def test_what_a_hosts_own_command_was_refused_is_tried_again(config, cloud, clock):
+  """The rights of a new machine may come a moment later."""
+  denied = "ERROR: (gcloud.storage.cp) PERMISSION_DENIED: no access to gs://bucket"
+  cloud(lives=[DONE], failures={"setup 1": denied})
+  assert up(config, print, clock) == 0
+
+
+def test_what_may_fail_does_not_keep_machines_from_being_deleted(config, cloud, clock):
+  denied = "ERROR: (gcloud.compute.tpus.tpu-vm.ssh) PERMISSION_DENIED: Permission 'tpu.nodes.update' denied"
+  config.budget_hours = 0.1
+  cloud(lives=[{"states": [ACTIVE], "starts": [ENDLESS]}], failures={"stop 1": denied})
+  assert up(config, print, clock) == 1
+  assert "[0] gcloud compute tpus queued-resources delete" in commands(config)
 
 
 # ---- when a run that ended is taken up again ----
@@ -172,6 +200,27 @@ def test_a_host_without_command_and_without_exit_code_counts_as_killed(config, c
   assert up(config, said.append, clock) == 0
   assert "a host lost the command and left no exit code: restarting 1/10 from step 40" in said
   assert read_state(config).starts == 2
+
+
+def test_a_laptop_that_wakes_up_without_a_network_is_not_without_an_answer_for_days(config, cloud, clock):
+  """Nobody asked while it was asleep."""
+  cloud(lives=[{"states": [ACTIVE], "starts": [{"after": 20, "exits": [[0, 0]]}]}],
+        failures={f"describe {n}": "Unable to find the server at tpu.googleapis.com" for n in range(8, 28)})
+  config.budget_hours = 48
+  left = [7]
+
+  def sleep(seconds):
+    left[0] -= 1
+    clock.sleep(seconds if left[0] else 30 * 3600)
+  assert up(config, print, clock._replace(sleep=sleep)) == 0
+
+
+def test_who_is_without_an_answer_for_days_gives_up(config, cloud, clock):
+  config.poll = 3600.0
+  cloud(lives=[{"states": [ACTIVE], "starts": [ENDLESS]}],
+        failures={f"describe {n}": "Unable to find the server at tpu.googleapis.com" for n in range(8, 999)})
+  with pytest.raises(Refused, match="gcloud has not answered for 24 hours"):
+    up(config, print, clock)
 
 
 @pytest.mark.parametrize("ended, preemptions", [([151], 0), ([0], 0), ([42], 2), ([43], 2)])
