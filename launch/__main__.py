@@ -5,7 +5,10 @@ used up, 130 after Ctrl-C (the run goes on). Of the other verbs: 0, or 1 with on
 """
 from argparse import ArgumentParser, Namespace
 import contextlib
+import errno
+import os
 from pathlib import Path
+import shlex
 import sys
 import time
 
@@ -23,17 +26,17 @@ EXAMPLE = "example: python -m launch {} --config configs/launch_v5e.py{}"
 
 def main(argv: list[str] | None = None) -> int:
   """Runs one verb; its exit code."""
-  args = read_arguments(sys.argv[1:] if argv is None else argv)
+  argv = sys.argv[1:] if argv is None else argv
+  args = read_arguments(argv)
   try:
     return args.run(args)
-  except KeyboardInterrupt:
-    say(f"interrupted. If the run was started it goes on; the same command looks after it again:\n"
-        f"  python -m launch {' '.join(sys.argv[1:] if argv is None else argv)}")
+  except KeyboardInterrupt as error:
+    _complain(f"interrupted; to go on: python -m launch {shlex.join(argv)}", error)
     return exit_codes.INTERRUPTED
   except (DataError, Refused, CommandFailed) as error:
-    print(f"launch: error: {' '.join(str(error).split())}", file=sys.stderr)
+    _complain(f"error: {error}", error)
   except OSError as error:
-    print(f"launch: error: {error.filename}: {error.strerror}", file=sys.stderr)
+    _complain(f"error: {error.filename}: {error.strerror}", error)
   return exit_codes.INPUT
 
 
@@ -76,8 +79,27 @@ def _add(verbs, name: str, run, summary: str, rest: str = "") -> ArgumentParser:
 
 
 def say(text: str) -> None:
-  """Prints one line with the time."""
-  print(f"{time.strftime('%H:%M:%S')} launch: {text}", flush=True)
+  """Shows one line with the time."""
+  show(f"{time.strftime('%H:%M:%S')} launch: {text}")
+
+
+def show(text: str, stream=None) -> None:
+  """Prints to standard output, or `stream`. That nobody reads it any more changes nothing else: machines have
+  to be looked after also when the terminal is closed, or `head` has seen enough.
+  """
+  stream = stream or sys.stdout
+  try:
+    print(text, file=stream, flush=True)
+  except OSError as error:
+    if error.errno not in (errno.EPIPE, errno.EIO):
+      raise
+    os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())  # or Python tries again at its end
+
+
+def _complain(text: str, error: BaseException) -> None:
+  """Shows one line, with what `up` has noted about machines that are still there."""
+  line = ". ".join([text, *getattr(error, "__notes__", [])])
+  show(f"launch: {' '.join(line.split())}", sys.stderr)
 
 
 # ---- verbs ----
@@ -88,13 +110,13 @@ def run_up(args) -> int:
   config = configs.read(args.config, args.overrides, args.backend)
   if args.backend == "local":
     if args.dry_run:
-      print(local.command(config, args.workdir))
+      show(local.command(config, args.workdir))
       return 0
     return local.up(config, args.workdir)
   if args.workdir:
     raise DataError("--workdir is for --backend local; on machines it is part of the config's command")
   if args.dry_run:
-    print("\n".join(rehearse(config)))
+    show("\n".join(rehearse(config)))
     return 0
   code = up(config, say)
   say(f"the run ended with {describe(code)}")
@@ -126,7 +148,7 @@ def run_status(args) -> int:
     rows.append(("dollars", f"{hours * chips * config.price:.2f} of "
                             f"{config.budget_hours * chips * config.price:.2f}"))
   for name, value in rows:
-    print(f"{name:18} {value}")
+    show(f"{name:18} {value}")
   return 0
 
 
@@ -139,12 +161,12 @@ def run_logs(args) -> int:
   found = sorted(folder.glob("*/*/log-*.txt"), key=lambda path: (
       path.parent.parent.name, int(path.parent.name), path.name))  # when it began, start, host
   if not found:
-    print(f"no host has written a log yet ({folder})")
+    show(f"no host has written a log yet ({folder})")
     return 0
   for path in found:
-    print(path)
+    show(path)
   first = next(path for path in found if path.parent == found[-1].parent)
-  print("\n".join(first.read_text(errors="replace").splitlines()[-args.tail:]))
+  show("\n".join(first.read_text(errors="replace").splitlines()[-args.tail:]))
   return 0
 
 
@@ -167,13 +189,13 @@ def run_down(args) -> int:
         except EOFError:
           raise DataError("nothing was deleted: without a terminal to ask at, say --yes") from None
         if answer.strip().lower() not in ("y", "yes"):
-          print("nothing was deleted")
+          show("nothing was deleted")
           return exit_codes.INPUT
       run(gcloud.delete(config))
     (folder / "state.json").unlink(missing_ok=True)
   place = f"in {config.zone} of {config.project}"
   done = f"deleted {place}" if resource else f"there was nothing to delete {place}"
-  print(f"{config.name}: {done}; checkpoints and logs are in {config.bucket}")
+  show(f"{config.name}: {done}; checkpoints and logs are in {config.bucket}")
   return 0
 
 
@@ -200,7 +222,7 @@ def machines(config, ours: bool) -> str:
 
 def _write(path: Path, text: str) -> int:
   path.write_text(text)
-  print(path)
+  show(path)
   return 0
 
 

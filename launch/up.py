@@ -23,8 +23,6 @@ from lskd_jax import exit_codes
 from lskd_jax.supervisor import describe, newest_step
 
 OWN = ("lskd-jax", "lskd_jax", "pip", "setuptools", "wheel")  # installed from the checkout, or there anyway
-
-
 LOOKS = 5  # must fail in a row before gcloud is given up: time also passes while a laptop is asleep
 
 REAL = Clock()
@@ -33,65 +31,66 @@ REAL = Clock()
 def up(config, say: Callable[[str], None], clock: Clock = REAL) -> int:
   """Brings the run to its end; its exit code, or 1 if it was given up or the budget is used up.
 
-  Raises DataError where the checkout cannot be shipped, Refused where gcloud will never do it.
+  Raises DataError where the checkout cannot be shipped, Refused where gcloud will never do it. Whatever is
+  raised, Ctrl-C as well, has a note if machines are still there.
   """
-  try:
-    return _until_done(config, say, clock)
-  except Refused as error:
-    resource = read_state(config).resource
-    if not resource:
-      raise
-    raise Refused(f"{error}. {config.name} ({resource}) is still there and may cost money: `python -m launch "
-                  "up` looks after it again, `down` deletes it") from None
-
-
-def _until_done(config, say: Callable[[str], None], clock: Clock) -> int:
-  folder = state_folder(config)
-  with locked(folder):
+  with locked(state_folder(config)):
     state = read_state(config)
     refuse_other_machines(config, state)
-    state = taken_up(state, clock.now(), say)
-    # A start that runs, or a run that is done, does not depend on what the checkout has become.
-    keep = state.running or state.code is not None
-    version = state.code_version if keep else prepare(config)
-    run = executor(folder / "transcript.log", clock, say)
-    said, unanswered = "", []  # times of the looks that have failed since the last that did not
-    while True:
-      try:
-        seen = look(config, state, run, clock.now() - state.asked >= planner.ASK_EVERY)
-        unanswered = []
-      except CommandFailed as error:  # says nothing about the run: this machine may be offline
-        unanswered.append(clock.now())
-        if len(unanswered) >= LOOKS and clock.now() - unanswered[0] > config.wait_hours * HOUR:
-          raise Refused(f"gcloud has not answered for {config.wait_hours:g} hours: {error}") from None
-        clock.sleep(config.poll)
-        continue
-      if seen.resource and not asked_here(config, state):
-        raise DataError(f"{config.name} ({seen.resource}) is in {config.zone} of {config.project} already, "
-                        f"and {folder}/state.json has not asked for it: take another `name`, or the `state` "
-                        "that has, or delete it with `python -m launch down`")
-      state = account(state, seen, clock.now())
-      todo = plan(config, version, state, seen, clock.now())
-      if todo.say != said:
-        say(todo.say)
-        said = todo.say
-      before = state
-      if gcloud.create(config) in todo.commands:  # it may work although it fails, or Ctrl-C comes
-        state = todo.state
-        write_state(config, state)
-      try:
-        for command in todo.commands:
-          run(command)
-        state = todo.state._replace(troubles=0) if todo.commands else todo.state
-      except CommandFailed as error:
-        state = after_trouble(config, state, clock.now(), str(error))
-      except Refused:
-        write_state(config, before)
-        raise
-      write_state(config, state)
-      if todo.done:
-        return state.code
-      clock.sleep(todo.wait)
+    try:
+      return _until_done(config, state, say, clock)
+    except BaseException as error:
+      resource = read_state(config).resource
+      if resource:
+        error.add_note(f"{config.name} ({resource}) is still there and may cost money: `python -m launch up` "
+                       "looks after it again, `down` deletes it")
+      raise
+
+
+def _until_done(config, state: State, say: Callable[[str], None], clock: Clock) -> int:
+  folder = state_folder(config)
+  state = taken_up(state, clock.now(), say)
+  # A start that runs, or a run that is done, does not depend on what the checkout has become.
+  keep = state.running or state.code is not None
+  version = state.code_version if keep else prepare(config)
+  run = executor(folder / "transcript.log", clock, say)
+  said, unanswered = "", []  # times of the looks that have failed since the last that did not
+  while True:
+    try:
+      seen = look(config, state, run, clock.now() - state.asked >= planner.ASK_EVERY)
+      unanswered = []
+    except CommandFailed as error:  # says nothing about the run: this machine may be offline
+      unanswered.append(clock.now())
+      if len(unanswered) >= LOOKS and clock.now() - unanswered[0] > config.wait_hours * HOUR:
+        raise Refused(f"gcloud has not answered for {config.wait_hours:g} hours: {error}") from None
+      clock.sleep(config.poll)
+      continue
+    if seen.resource and not asked_here(config, state):
+      raise DataError(f"{config.name} ({seen.resource}) is in {config.zone} of {config.project} already, "
+                      f"and {folder}/state.json has not asked for it: take another `name`, or the `state` "
+                      "that has, or delete it with `python -m launch down`")
+    state = account(state, seen, clock.now())
+    todo = plan(config, version, state, seen, clock.now())
+    if todo.say != said:
+      say(todo.say)
+      said = todo.say
+    looked = state
+    if gcloud.create(config) in todo.commands:  # a request may be there although asking for it failed
+      state = todo.state
+    write_state(config, state)  # commands take long: Ctrl-C may come
+    try:
+      for command in todo.commands:
+        run(command)
+      state = todo.state._replace(troubles=0) if todo.commands else todo.state
+    except CommandFailed as error:
+      state = after_trouble(config, state, clock.now(), str(error))
+    except Refused:
+      write_state(config, looked)
+      raise
+    write_state(config, state)
+    if todo.done:
+      return state.code
+    clock.sleep(todo.wait)
 
 
 def taken_up(state: State, now: float, say: Callable[[str], None]) -> State:

@@ -3,14 +3,16 @@ import importlib.resources
 import os
 import re
 import subprocess
+import sys
 
 import pytest
 
 from data_pipeline.records import DataError
+from launch import executor as executor_module
 from launch.executor import CommandFailed, Refused, executor
 from launch.gcloud import Command
 from launch.up import prepare, read_state, up
-from tests.launch.test_up import ACTIVE, DONE, commands, interrupted_after
+from tests.launch.test_up import ACTIVE, DONE, WAITING, commands, interrupted_after
 
 ENDLESS = {"after": 999, "exits": []}
 
@@ -77,6 +79,10 @@ def test_machines_that_are_taken_away_before_a_start_count_after_a_preemption_to
   assert read_state(config).preemptions == 2
 
 
+MAY_COST = ("run ({}) is still there and may cost money: `python -m launch up` looks after it again, `down` "
+            "deletes it")
+
+
 @pytest.mark.parametrize("error", [
     "UNAUTHENTICATED: Request had invalid authentication credentials.",
     "There was a problem refreshing your current auth tokens: ('invalid_grant: Bad Request', {'error': "
@@ -84,9 +90,50 @@ def test_machines_that_are_taken_away_before_a_start_count_after_a_preemption_to
 def test_who_is_logged_out_learns_that_machines_are_there(config, cloud, clock, error):
   cloud(lives=[{"states": [ACTIVE], "starts": [ENDLESS]}],
         failures={f"describe {n}": error for n in range(6, 999)})
-  there = r".* run \(ACTIVE\) is still there and may cost money"
-  with pytest.raises(Refused, match=re.escape(error) + there):
+  with pytest.raises(Refused, match=re.escape(error)) as raised:
     up(config, print, clock)
+  assert raised.value.__notes__ == [MAY_COST.format(ACTIVE)]
+
+
+@pytest.mark.parametrize("during, there", [
+    ("git", None), ("create", "CREATING"), ("lskd-setup.sh", ACTIVE), ("exit-", ACTIVE)])
+def test_who_presses_ctrl_c_learns_what_is_there(cloud, launch, monkeypatch, during, there):
+  """Machines cost money before the start, too, and a request that was made may be granted later."""
+  cloud(lives=[{"states": [ACTIVE], "starts": [ENDLESS]}])
+  real = executor_module._once
+
+  def once(command):
+    if during in str(command):
+      raise KeyboardInterrupt
+    return real(command)
+  monkeypatch.setattr(executor_module, "_once", once)
+  code, shown = launch("up", "--config.poll=0.001")
+  assert code == 130
+  assert shown.err.startswith("launch: interrupted; to go on: python -m launch up --config ")
+  assert shown.err.endswith(f". {MAY_COST.format(there)}\n") == (there is not None)
+
+
+def test_an_error_of_any_kind_says_what_is_there_in_the_same_line(cloud, launch, config):
+  cloud(lives=[{"states": [WAITING], "starts": []}], failures={"describe 5": "UNAUTHENTICATED: log in"})
+  code, shown = launch("up", "--config.poll=0.001")
+  assert code == 1
+  assert shown.err.startswith("launch: error: ERROR: (gcloud.describe) UNAUTHENTICATED: log in (in: ")
+  assert shown.err.endswith(f". {MAY_COST.format(WAITING)}\n") and shown.err.count("\n") == 1
+  code, shown = launch("up", "--config.requirements=/nowhere/requirements.txt")
+  assert (code, shown.err) == (1, "launch: error: /nowhere/requirements.txt: No such file or directory. "
+                                  f"{MAY_COST.format(WAITING)}\n")
+
+
+@pytest.mark.parametrize("place", ["pipe", "terminal"])
+def test_up_looks_after_the_run_although_nobody_reads_what_it_says(gcloud_on_path, arguments, place):
+  """Its output went to `head`, or its terminal was closed."""
+  gcloud_on_path(lives=[DONE])
+  reader, writer = os.pipe() if place == "pipe" else os.openpty()
+  os.close(reader)
+  words = [sys.executable, "-m", "launch", "up", *arguments, "--config.poll=0.001"]
+  done = subprocess.run(words, stdout=writer, stderr=subprocess.PIPE, text=True, check=False, timeout=60)
+  os.close(writer)
+  assert (done.returncode, done.stderr) == (0, "")
 
 
 def test_who_may_not_reach_the_hosts_learns_it_at_once(config, cloud, clock):
