@@ -2,7 +2,8 @@
 
 Pure, so that every road through preemptions and failures can be tested without a cloud. A plan's state
 holds once all of its commands have succeeded; if one fails, the state before it still holds, and the next
-look decides anew. All commands may therefore be repeated.
+look decides anew. All commands may therefore be repeated. Only a request for machines holds from before its
+command on, which may have reached the cloud although it failed.
 """
 from typing import NamedTuple
 
@@ -25,8 +26,6 @@ AFTER_STOP = 600.0  # for exit files to appear after hosts were told to stop
 ASK_EVERY = 600.0  # between questions to the hosts whether the command is there
 LONGEST_SILENCE = HOUR  # without an answer, and without a word in the bucket, where logs come twice a minute
 LONGEST_DELAY = HOUR / 2
-
-
 PLACE = ("project", "zone", "nodes", "accelerator_type")  # keys of a config that say which machines
 
 

@@ -77,7 +77,8 @@ def _until_done(config, state: State, say: Callable[[str], None], clock: Clock) 
     looked = state
     if gcloud.create(config) in todo.commands:  # a request may be there although asking for it failed
       state = todo.state
-    write_state(config, state)  # commands take long: Ctrl-C may come
+    if todo.commands:  # they take long: Ctrl-C may come
+      write_state(config, state)
     try:
       for command in todo.commands:
         run(command)

@@ -286,7 +286,8 @@ UNREACHABLE = {f"ask {n}": "[/usr/bin/ssh] exited with return code [255]." for n
 
 
 def test_hosts_that_cannot_be_asked_are_left_alone_while_they_write_to_the_bucket(config, cloud, clock):
-  cloud(lives=[{"states": [ACTIVE], "starts": [{"after": 200, "exits": [[0, 0]]}]}],
+  config.poll = 600.0
+  cloud(lives=[{"states": [ACTIVE], "starts": [{"after": 20, "exits": [[0, 0]]}]}],
         failures=UNREACHABLE, written="2099-01-01T00:00:00Z")
   assert up(config, print, clock) == 0
   assert read_state(config).starts == 1
@@ -295,7 +296,7 @@ def test_hosts_that_cannot_be_asked_are_left_alone_while_they_write_to_the_bucke
 @pytest.mark.parametrize("written", [{}, {"written": "2027-01-15T08:05:00Z"}])
 def test_hosts_of_which_nothing_is_heard_for_an_hour_are_replaced(config, cloud, clock, written):
   """Neither do they answer nor is a log renewed: nothing runs there any more, and it costs money."""
-  config.max_failures = 2
+  config.max_failures, config.poll = 2, 600.0
   cloud(lives=[{"states": [ACTIVE], "starts": [ENDLESS]}] * 9, failures=UNREACHABLE, **written)
   said = []
   assert up(config, said.append, clock) == 137
@@ -305,7 +306,8 @@ def test_hosts_of_which_nothing_is_heard_for_an_hour_are_replaced(config, cloud,
 
 
 def test_a_connection_that_breaks_now_and_then_is_no_silence(config, cloud, clock):
-  cloud(lives=[{"states": [ACTIVE], "starts": [{"after": 200, "exits": [[0, 0]]}]}],
+  config.poll = 600.0
+  cloud(lives=[{"states": [ACTIVE], "starts": [{"after": 20, "exits": [[0, 0]]}]}],
         failures={f"ask {n}": "[/usr/bin/ssh] exited with return code [255]." for n in range(1, 99) if n % 4})
   assert up(config, print, clock) == 0
   assert read_state(config).starts == 1
