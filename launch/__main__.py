@@ -21,7 +21,7 @@ from launch.up import as_there, asked_here, locked, look, read_state, rehearse, 
 from lskd_jax import exit_codes
 from lskd_jax.supervisor import describe, newest_step
 
-EXAMPLE = "example: python -m launch {} --config configs/launch_v5e.py{}"
+EXAMPLE = "example: python -m launch {} --config my_launch.py{}"
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -110,7 +110,7 @@ def run_up(args) -> int:
   config = configs.read(args.config, args.overrides, args.backend)
   if args.backend == "local":
     if args.dry_run:
-      show(local.command(config, args.workdir))
+      show("\n".join(local.rehearse(config, args.workdir)))
       return 0
     return local.up(config, args.workdir)
   if args.workdir:

@@ -147,7 +147,7 @@ def plan(config, version: str, state: State, seen: Seen, now: float) -> Plan:
       return _wait(config, state, "waiting before the next request", state.not_before - now)
     place = {key: config[key] for key in PLACE}
     return Plan(state._replace(resource=QUEUED[0], since=now, **place), "asking for machines",
-                (gcloud.create(config),))
+                (gcloud.create(config),), wait=config.poll)
   if resource in ENDED:
     what = f"{resource} ({seen.error})" if seen.error else resource
     if not was_running:  # refused, or taken away, before anything ran
