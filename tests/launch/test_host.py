@@ -70,7 +70,7 @@ def test_starting_the_same_run_twice_starts_it_once(start, tmp_path, capsys):
   start(script)
   start(script)
   assert "runs already" in capsys.readouterr().out
-  while not (tmp_path / "starts").exists():
+  while not ((tmp_path / "starts").exists() and (tmp_path / "starts").read_text()):
     time.sleep(0.01)
   assert (tmp_path / "starts").read_text() == "x"
 
