@@ -2,7 +2,7 @@
 
     python benchmarks/plan_table.py --low-effort
 
-Compiles full-size train steps for TPU topologies without a TPU (`pip install 'lskd_jax[tpu]'`) and prints
+Compiles full-size train steps for TPU topologies without a TPU (`pip install -e '.[tpu]'`) and prints
 three Markdown tables: the runs, weak scaling, and the memory of the contrastive loss alone. Nothing is run.
 Each step takes minutes; what was compiled is kept, so an interrupted table goes on where it stopped.
 """

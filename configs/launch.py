@@ -50,5 +50,5 @@ def get_config() -> ConfigDict:
   config.image = ""             # container image in which the command can run
   config.namespace = "default"
   config.service_account = "default"  # with access to the bucket
-  config.grace_seconds = 300    # between SIGTERM and SIGKILL: a save must fit
+  config.grace_seconds = 300    # between SIGTERM and SIGKILL: a save must fit, in train.grace of the run, too
   return config

@@ -25,6 +25,7 @@ import json
 import os
 from pathlib import Path
 import sys
+import time
 
 from tqdm import tqdm
 
@@ -207,16 +208,25 @@ def fingerprint(items_by_shard: list) -> str:
 
 
 @contextlib.contextmanager
-def locked(folder: Path) -> Iterator[None]:
-  """Holds the folder against a second process; the system lets go of it when this one dies."""
+def locked(folder: Path, patience: float = 0.0) -> Iterator[None]:
+  """Holds the folder against a second process; the system lets go of it when this one dies.
+
+  patience: seconds to wait for a process that has it. Raises DataError if it still has it then.
+  """
   handle = os.open(folder, os.O_RDONLY)
-  try:
-    fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-  except BlockingIOError:
-    os.close(handle)
-    raise DataError(f"{folder}: another process is writing to it; wait or end that one") from None
-  except OSError:
-    pass  # a file system without locks: go on as if alone
+  end = time.monotonic() + patience
+  while True:
+    try:
+      fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+      if time.monotonic() < end:
+        time.sleep(0.1)
+        continue
+      os.close(handle)
+      raise DataError(f"{folder}: another process is writing to it; wait or end that one") from None
+    except OSError:
+      pass  # a file system without locks: go on as if alone
+    break
   try:
     yield
   finally:

@@ -4,7 +4,11 @@ Exit code of `up`: the run's own, see lskd_jax/exit_codes.py; 1 where it was giv
 used up, 130 after Ctrl-C (the run goes on). Of the other verbs: 0, or 1 with one line that says why.
 """
 from argparse import ArgumentParser, Namespace
+import contextlib
+import errno
+import os
 from pathlib import Path
+import shlex
 import sys
 import time
 
@@ -12,27 +16,27 @@ from data_pipeline.records import DataError
 from launch import config as configs, gcloud, local, manifests
 from launch.accelerators import accelerator
 from launch.executor import Clock, CommandFailed, Refused, executor
-from launch.planner import HOUR
-from launch.up import locked, look, read_state, rehearse, state_folder, up
+from launch.planner import HOUR, State, account
+from launch.up import as_there, asked_here, locked, look, read_state, rehearse, state_folder, up
 from lskd_jax import exit_codes
 from lskd_jax.supervisor import describe, newest_step
 
-EXAMPLE = "example: python -m launch {} --config configs/launch_v5e.py{}"
+EXAMPLE = "example: python -m launch {} --config my_launch.py{}"
 
 
 def main(argv: list[str] | None = None) -> int:
   """Runs one verb; its exit code."""
-  args = read_arguments(sys.argv[1:] if argv is None else argv)
+  argv = sys.argv[1:] if argv is None else argv
+  args = read_arguments(argv)
   try:
     return args.run(args)
-  except KeyboardInterrupt:
-    say(f"interrupted. If the run was started it goes on; the same command looks after it again:\n"
-        f"  python -m launch {' '.join(sys.argv[1:] if argv is None else argv)}")
+  except KeyboardInterrupt as error:
+    _complain(f"interrupted; to go on: python -m launch {shlex.join(argv)}", error)
     return exit_codes.INTERRUPTED
   except (DataError, Refused, CommandFailed) as error:
-    print(f"launch: error: {' '.join(str(error).split())}", file=sys.stderr)
+    _complain(f"error: {error}", error)
   except OSError as error:
-    print(f"launch: error: {error.filename}: {error.strerror}", file=sys.stderr)
+    _complain(f"error: {error.filename}: {error.strerror}", error)
   return exit_codes.INPUT
 
 
@@ -75,8 +79,27 @@ def _add(verbs, name: str, run, summary: str, rest: str = "") -> ArgumentParser:
 
 
 def say(text: str) -> None:
-  """Prints one line with the time."""
-  print(f"{time.strftime('%H:%M:%S')} launch: {text}", flush=True)
+  """Shows one line with the time."""
+  show(f"{time.strftime('%H:%M:%S')} launch: {text}")
+
+
+def show(text: str, stream=None) -> None:
+  """Prints to standard output, or `stream`. That nobody reads it any more changes nothing else: machines have
+  to be looked after also when the terminal is closed, or `head` has seen enough.
+  """
+  stream = stream or sys.stdout
+  try:
+    print(text, file=stream, flush=True)
+  except OSError as error:
+    if error.errno not in (errno.EPIPE, errno.EIO):
+      raise
+    os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())  # or Python tries again at its end
+
+
+def _complain(text: str, error: BaseException) -> None:
+  """Shows one line, with what `up` has noted about machines that are still there."""
+  line = ". ".join([text, *getattr(error, "__notes__", [])])
+  show(f"launch: {' '.join(line.split())}", sys.stderr)
 
 
 # ---- verbs ----
@@ -87,13 +110,13 @@ def run_up(args) -> int:
   config = configs.read(args.config, args.overrides, args.backend)
   if args.backend == "local":
     if args.dry_run:
-      print(local.command(config, args.workdir))
+      show("\n".join(local.rehearse(config, args.workdir)))
       return 0
     return local.up(config, args.workdir)
   if args.workdir:
     raise DataError("--workdir is for --backend local; on machines it is part of the config's command")
   if args.dry_run:
-    print("\n".join(rehearse(config)))
+    show("\n".join(rehearse(config)))
     return 0
   code = up(config, say)
   say(f"the run ended with {describe(code)}")
@@ -104,17 +127,18 @@ def run_status(args) -> int:
   """A table of what there is."""
   config = configs.read(args.config, args.overrides, "tpu-vm")
   state = read_state(config)
+  config = as_there(config, state)
   run = _executor(config)
   seen = look(config, state, run)
+  ours = not seen.resource or asked_here(config, state)
   durable = newest_step(run(gcloud.markers(config)).split())
-  spent = state.spent + (time.time() - state.active_seen if state.active_seen else 0.0)
-  hours = spent / HOUR
+  hours = account(state, seen, time.time()).spent / HOUR
   chips = accelerator(config.accelerator_type).chips * config.nodes
   if state.code is not None:
     doing = f"ended with {describe(state.code)}: {state.why}"
   else:
     doing = f"start {state.starts}, {'running' if state.running else 'not running'}"
-  rows = [("machines", f"{seen.resource or 'none'} ({config.nodes} x {config.accelerator_type})"),
+  rows = [("machines", f"{seen.resource or 'none'} ({machines(config, ours)})"),
           ("run", doing), ("hosts that ended", ", ".join(map(describe, seen.exits)) or "none"),
           ("durable step", "none" if durable is None else durable),
           ("failures in a row", f"{state.failures} of {config.max_failures}"),
@@ -124,7 +148,7 @@ def run_status(args) -> int:
     rows.append(("dollars", f"{hours * chips * config.price:.2f} of "
                             f"{config.budget_hours * chips * config.price:.2f}"))
   for name, value in rows:
-    print(f"{name:18} {value}")
+    show(f"{name:18} {value}")
   return 0
 
 
@@ -137,12 +161,12 @@ def run_logs(args) -> int:
   found = sorted(folder.glob("*/*/log-*.txt"), key=lambda path: (
       path.parent.parent.name, int(path.parent.name), path.name))  # when it began, start, host
   if not found:
-    print(f"no host has written a log yet ({folder})")
+    show(f"no host has written a log yet ({folder})")
     return 0
   for path in found:
-    print(path)
+    show(path)
   first = next(path for path in found if path.parent == found[-1].parent)
-  print("\n".join(first.read_text(errors="replace").splitlines()[-args.tail:]))
+  show("\n".join(first.read_text(errors="replace").splitlines()[-args.tail:]))
   return 0
 
 
@@ -151,22 +175,27 @@ def run_down(args) -> int:
   config = configs.read(args.config, args.overrides, "tpu-vm")
   folder = state_folder(config)
   with locked(folder):
+    state = State()
+    with contextlib.suppress(DataError):  # a state that cannot be read is forgotten, too
+      state = read_state(config)
+    config = as_there(config, state)
     run = _executor(config)
     resource = run(gcloud.describe(config)).strip()
     if resource:
       if not args.yes:
-        machines = f"{config.nodes} x {config.accelerator_type}"
         try:
-          answer = input(f"delete {config.name} ({resource}, {machines})? [y/N] ")
+          what = machines(config, asked_here(config, state))
+          answer = input(f"delete {config.name} ({resource}, {what})? [y/N] ")
         except EOFError:
           raise DataError("nothing was deleted: without a terminal to ask at, say --yes") from None
         if answer.strip().lower() not in ("y", "yes"):
-          print("nothing was deleted")
+          show("nothing was deleted")
           return exit_codes.INPUT
       run(gcloud.delete(config))
     (folder / "state.json").unlink(missing_ok=True)
-  done = "deleted" if resource else "there was nothing to delete"
-  print(f"{config.name}: {done}; checkpoints and logs are in {config.bucket}")
+  place = f"in {config.zone} of {config.project}"
+  done = f"deleted {place}" if resource else f"there was nothing to delete {place}"
+  show(f"{config.name}: {done}; checkpoints and logs are in {config.bucket}")
   return 0
 
 
@@ -184,9 +213,16 @@ def run_skypilot(args) -> int:
   return _write(args.out, text)
 
 
+def machines(config, ours: bool) -> str:
+  """What is there, in a few words; what somebody else asked for may be of any size."""
+  what = (f"{config.nodes} x {config.accelerator_type}" if ours
+          else "not asked for by this state,")
+  return f"{what} in {config.zone} of {config.project}"
+
+
 def _write(path: Path, text: str) -> int:
   path.write_text(text)
-  print(path)
+  show(path)
   return 0
 
 

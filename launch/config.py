@@ -75,6 +75,9 @@ def check(config: ConfigDict, backend: str) -> None:
   if not kind.family.runtime:
     raise DataError(f"accelerator_type={config.accelerator_type!r} has no queued resources, only Kubernetes: "
                     "use `python -m launch manifest`")
+  if backend == "skypilot" and config.nodes > 1:
+    raise DataError(f"nodes={config.nodes}: SkyPilot asks for each slice by itself, and they would not find "
+                    "each other; use `python -m launch up` or `manifest`, or nodes=1")
   for key in ("project", "zone"):
     if not config[key]:
       raise DataError(f"{key}='': say which, in the config or with --config.{key}=…")

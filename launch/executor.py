@@ -10,7 +10,9 @@ from launch.gcloud import Command
 
 # What trying again does not change: the request itself, or who asks.
 PERMANENT = re.compile(r"PERMISSION_DENIED|INVALID_ARGUMENT|UNAUTHENTICATED|unrecognized arguments|"
-                       r"Invalid choice|Reauthentication|You do not currently have an active account")
+                       r"Invalid choice|Reauthentication|invalid_grant|invalid_rapt|"
+                       r"You do not currently have an active account")
+OF_SSH = "ERROR: (gcloud.compute.tpus.tpu-vm.ssh)"  # begins what ssh says itself; the rest is of a host
 FIRST_PAUSE = 5.0  # seconds before the second try; doubles
 
 
@@ -48,7 +50,8 @@ def executor(transcript: Path, clock: Clock, say: Callable[[str], None]) -> Call
         return out
       if command.accept and re.search(command.accept, error):
         return ""
-      if "ssh" not in command.words and PERMANENT.search(error):
+      own = "ssh" not in command.words or error.startswith(OF_SSH)
+      if own and not command.optional and PERMANENT.search(error):
         raise Refused(f"{error} (in: {command})")
       say(f"failed, try {number + 1} of {command.tries}: {error}")
     if command.optional:

@@ -98,6 +98,12 @@ def exits(config, run: str) -> Command:
                  accept=NOTHING_THERE)
 
 
+def written(config, run: str) -> Command:
+  """Lists the logs and exit files of the start with that folder, with the times of their last writing."""
+  return Command(("gcloud", "storage", "ls", "--long", f"{configs.in_bucket(config)}/{run}/*"),
+                 accept=NOTHING_THERE)
+
+
 def markers(config) -> Command:
   """Prints the COMMITTED markers of the run's checkpoints."""
   workdir = configs.in_bucket(config, configs.work_directory(config))

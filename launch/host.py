@@ -25,6 +25,7 @@ import urllib.request
 COPY_EVERY = 30.0  # seconds between copies of the log
 BUCKET_AWAY = 3600.0  # seconds for which the exit code is written again if the bucket does not take it
 POLL = 0.05
+METADATA_PAUSES = (0.0, 1.0, 2.0, 4.0, 8.0)  # seconds before each try to ask the metadata server
 
 
 def start(folder: Path, run: Path, slice_index: int, command: list[str]) -> None:
@@ -36,7 +37,7 @@ def start(folder: Path, run: Path, slice_index: int, command: list[str]) -> None
       print("runs already")
       return
     sys.exit(f"ERROR: {folder}: another run is still there; `python -m launch.host stop` ends it")
-  name = f"{slice_index}-{worker_number()}"
+  name = f"{slice_index}-{worker_number() or 0}"  # preflight sees to it that each of several has one
   (run / f"exit-{name}.json").unlink(missing_ok=True)  # of an attempt that was taken back
   for left in ("pids", "log"):  # of an earlier start, which has its own copy of its log
     (folder / left).unlink(missing_ok=True)
@@ -147,20 +148,30 @@ def is_running(folder: Path) -> bool:
 
 
 def metadata(name: str) -> str | None:
-  """An attribute that Google's metadata server has for this machine; None without server or attribute."""
+  """An attribute that Google's metadata server has for this machine; None if it has no such one.
+
+  Without an answer after several tries the process ends: who takes no answer for an attribute that is not
+  there becomes worker 0, which another host is.
+  """
   server = os.environ.get("GCE_METADATA_IP", "metadata.google.internal")
   request = urllib.request.Request(f"http://{server}/computeMetadata/v1/instance/attributes/{name}",
                                    headers={"Metadata-Flavor": "Google"})
-  try:
-    with urllib.request.urlopen(request, timeout=5) as answer:
-      return answer.read().decode()
-  except OSError:
-    return None
+  for pause in METADATA_PAUSES:
+    time.sleep(pause)
+    try:
+      with urllib.request.urlopen(request, timeout=5) as answer:
+        return answer.read().decode()
+    except OSError as error:
+      if getattr(error, "code", None) == 404:
+        return None
+      problem = error
+  sys.exit(f"ERROR: the metadata server {server} does not answer: {problem}")
 
 
-def worker_number() -> int:
-  """This host's number within its slice."""
-  return int(metadata("agent-worker-number") or 0)
+def worker_number() -> int | None:
+  """This host's number within its slice; None if the metadata server has none for it."""
+  number = metadata("agent-worker-number")
+  return None if number is None else int(number)
 
 
 def main(argv: list[str]) -> None:

@@ -6,9 +6,10 @@ from launch import config as configs
 from lskd_jax.supervisor import Budgets, supervise
 
 
-def command(config, workdir: str | None = None) -> str:
-  """The command line of each process, less its number."""
-  return shlex.join(_words(config, workdir))
+def rehearse(config, workdir: str | None = None) -> list[str]:
+  """What would be run: a remark, and the command line of each process, less its number."""
+  return [f"# {config.local.processes} processes with {config.local.devices} CPU devices each, restarted up "
+          f"to {config.max_failures} times in a row", shlex.join(_words(config, workdir))]
 
 
 def up(config, workdir: str | None = None) -> int:

@@ -11,6 +11,7 @@ from pathlib import Path
 import shutil
 import signal
 import sys
+import tempfile
 import time
 from typing import NamedTuple
 
@@ -23,14 +24,16 @@ OLDEST_PYTHON = (3, 11)
 class Facts(NamedTuple):
   """What one host is like. environment: its MEGASCALE_ and TPU_ variables, and those of its metadata.
 
-  mounted: whether the bucket is; a host that was started anew has a plain folder in its place.
+  worker: its number among the `hosts` of its slice; None for what the metadata does not have.
+  bucket: what is wrong with the mounted bucket, if anything is.
   """
   chips: int
+  worker: int | None
   hosts: int | None
   environment: dict[str, str]
   free_gb: float
   python: tuple[int, int]
-  mounted: bool
+  bucket: str | None
 
 
 def gather(mount: Path, devices: Path = Path("/dev")) -> Facts:
@@ -42,8 +45,24 @@ def gather(mount: Path, devices: Path = Path("/dev")) -> Facts:
       environment.setdefault(name.strip(), value.strip().strip("'"))
   endpoints = host.metadata("worker-network-endpoints")
   chips = len(list(devices.glob("accel[0-9]*"))) or len(list(devices.glob("vfio/[0-9]*")))
-  return Facts(chips, len(endpoints.split(",")) if endpoints else None, environment,
-               shutil.disk_usage(Path.home()).free / 1e9, sys.version_info[:2], os.path.ismount(mount))
+  return Facts(chips, host.worker_number(), len(endpoints.split(",")) if endpoints else None, environment,
+               shutil.disk_usage(Path.home()).free / 1e9, sys.version_info[:2], wrong_with_bucket(mount))
+
+
+def wrong_with_bucket(mount: Path) -> str | None:
+  """Tries what a checkpoint needs in the end: its folder is renamed. None if that works."""
+  if not os.path.ismount(mount):  # a host that was started anew has a plain folder there
+    return "the bucket is not mounted"
+  try:
+    with tempfile.TemporaryDirectory(prefix=".preflight-", dir=mount, ignore_cleanup_errors=True) as scratch:
+      folder = Path(scratch, "before")
+      (folder / "subfolder").mkdir(parents=True)
+      (folder / "subfolder" / "file").write_text("a file\n")
+      folder.rename(folder.with_name("after"))
+  except OSError as error:
+    return (f"a folder in the bucket cannot be written and renamed ({error.strerror}), so that no checkpoint "
+            "would be saved: mount it as launch/setup.sh does, with the right to write")
+  return None
 
 
 def problems(facts: Facts, chips: int, hosts: int, slices: int, disk_gb: float) -> list[str]:
@@ -51,7 +70,9 @@ def problems(facts: Facts, chips: int, hosts: int, slices: int, disk_gb: float) 
   found = []
   if facts.chips != chips:
     found.append(f"{facts.chips} chips are there, {chips} are expected")
-  if facts.hosts is not None and facts.hosts != hosts:
+  if hosts > 1 and None in (facts.worker, facts.hosts):
+    found.append("the metadata server does not say how many hosts there are and which one this is")
+  elif facts.hosts not in (None, hosts):
     found.append(f"the slice has {facts.hosts} hosts, {hosts} are expected")
   # Machines that replace others sometimes keep a number that makes start-up wait for ever.
   told = facts.environment.get("MEGASCALE_NUM_SLICES", "1")
@@ -64,8 +85,8 @@ def problems(facts: Facts, chips: int, hosts: int, slices: int, disk_gb: float) 
     found.append(f"{facts.free_gb:.0f} GB of disk are free, {disk_gb:g} are needed")
   if facts.python < OLDEST_PYTHON:
     found.append(f"Python {'.'.join(map(str, facts.python))} is too old, 3.11 is needed")
-  if not facts.mounted:
-    found.append("the bucket is not mounted")
+  if facts.bucket:
+    found.append(facts.bucket)
   return found
 
 
@@ -85,8 +106,11 @@ def free_the_chips(folder: Path, lock: Path = LOCK, processes: Path = Path("/pro
     else:
       words = (processes / str(holder) / "cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace")
       return f"process {holder} uses the chips, and is not of this run: {words.strip()[:100]}"
-  with contextlib.suppress(FileNotFoundError):
-    lock.unlink()
+  try:
+    lock.unlink(missing_ok=True)
+  except PermissionError:  # in /tmp only its owner may; nor can one see what other users' processes hold
+    return (f"{lock} is of another user (uid {lock.stat().st_uid}): end that user's work on the chips, then "
+            f"`sudo rm {lock}`")
   return None
 
 
@@ -119,7 +143,7 @@ def main(argv: list[str]) -> int:
   held = free_the_chips(args.folder.absolute())
   facts = gather(args.mount)
   found = ([held] if held else []) + problems(facts, args.chips, args.hosts, args.slices, args.disk_gb)
-  name = f"worker {host.worker_number()}"
+  name = f"worker {facts.worker or 0}"
   for line in found:
     print(f"ERROR: {name}: {line}", file=sys.stderr)
   variables = " ".join(f"{key}={value}" for key, value in sorted(facts.environment.items()))

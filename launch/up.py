@@ -1,27 +1,29 @@
 """`up`: looks, plans and executes until the run is over; what it knows is in a file, so it can be stopped."""
 from collections.abc import Callable
 import contextlib
+import copy
+import datetime
 import fcntl
 import hashlib
 import importlib.metadata
 import importlib.resources
 import json
 from pathlib import Path
+import re
 import subprocess
 import time
 
 from data_pipeline.records import DataError
 from data_pipeline.stages import write_json
-from launch import gcloud
-from launch.accelerators import accelerator
+from launch import gcloud, planner
 from launch.executor import Clock, CommandFailed, Refused, executor
 from launch.gcloud import Command
-from launch.planner import ASK_EVERY, HOUR, QUEUED, Seen, State, account, after_trouble, plan, run_folder
+from launch.planner import HOUR, QUEUED, Seen, State, account, after_trouble, plan, run_folder
 from lskd_jax import exit_codes
 from lskd_jax.supervisor import describe, newest_step
 
 OWN = ("lskd-jax", "lskd_jax", "pip", "setuptools", "wheel")  # installed from the checkout, or there anyway
-
+LOOKS = 5  # must fail in a row before gcloud is given up: time also passes while a laptop is asleep
 
 REAL = Clock()
 
@@ -29,51 +31,67 @@ REAL = Clock()
 def up(config, say: Callable[[str], None], clock: Clock = REAL) -> int:
   """Brings the run to its end; its exit code, or 1 if it was given up or the budget is used up.
 
-  Raises DataError where the checkout cannot be shipped, Refused where gcloud will never do it.
+  Raises DataError where the checkout cannot be shipped, Refused where gcloud will never do it. Whatever is
+  raised, Ctrl-C as well, has a note if machines are still there.
   """
-  try:
-    return _until_done(config, say, clock)
-  except Refused as error:
-    resource = read_state(config).resource
-    if not resource:
+  with locked(state_folder(config)):
+    state = read_state(config)
+    refuse_other_machines(config, state)
+    try:
+      return _until_done(config, state, say, clock)
+    except BaseException as error:
+      resource = read_state(config).resource
+      if resource:
+        error.add_note(f"{config.name} ({resource}) is still there and may cost money: `python -m launch up` "
+                       "looks after it again, `down` deletes it")
       raise
-    raise Refused(f"{error}. {config.name} ({resource}) is still there and may cost money: `python -m launch "
-                  "up` looks after it again, `down` deletes it") from None
 
 
-def _until_done(config, say: Callable[[str], None], clock: Clock) -> int:
+def _until_done(config, state: State, say: Callable[[str], None], clock: Clock) -> int:
   folder = state_folder(config)
-  with locked(folder):
-    state = taken_up(read_state(config), clock.now(), say)
-    # A start that runs, or a run that is done, does not depend on what the checkout has become.
-    keep = state.running or state.code is not None
-    version = state.code_version if keep else prepare(config)
-    run = executor(folder / "transcript.log", clock, say)
-    said, answered = "", clock.now()
-    while True:
-      try:
-        seen = look(config, state, run, clock.now() - state.asked >= ASK_EVERY)
-        answered = clock.now()
-      except CommandFailed as error:  # says nothing about the run: this machine may be offline
-        if clock.now() - answered > config.wait_hours * HOUR:
-          raise Refused(f"gcloud has not answered for {config.wait_hours:g} hours: {error}") from None
-        clock.sleep(config.poll)
-        continue
-      state = account(state, seen, clock.now())
-      todo = plan(config, version, state, seen, clock.now())
-      if todo.say != said:
-        say(todo.say)
-        said = todo.say
-      try:
-        for command in todo.commands:
-          run(command)
-        state = todo.state._replace(troubles=0) if todo.commands else todo.state
-      except CommandFailed as error:
-        state = after_trouble(config, state, clock.now(), str(error))
-      write_json(folder / "state.json", state._asdict())
-      if todo.done:
-        return state.code
-      clock.sleep(todo.wait)
+  state = taken_up(state, clock.now(), say)
+  # A start that runs, or a run that is done, does not depend on what the checkout has become.
+  keep = state.running or state.code is not None
+  version = state.code_version if keep else prepare(config)
+  run = executor(folder / "transcript.log", clock, say)
+  said, unanswered = "", []  # times of the looks that have failed since the last that did not
+  while True:
+    try:
+      seen = look(config, state, run, clock.now() - state.asked >= planner.ASK_EVERY)
+      unanswered = []
+    except CommandFailed as error:  # says nothing about the run: this machine may be offline
+      unanswered.append(clock.now())
+      if len(unanswered) >= LOOKS and clock.now() - unanswered[0] > config.wait_hours * HOUR:
+        raise Refused(f"gcloud has not answered for {config.wait_hours:g} hours: {error}") from None
+      clock.sleep(config.poll)
+      continue
+    if seen.resource and not asked_here(config, state):
+      raise DataError(f"{config.name} ({seen.resource}) is in {config.zone} of {config.project} already, "
+                      f"and {folder}/state.json has not asked for it: take another `name`, or the `state` "
+                      "that has, or delete it with `python -m launch down`")
+    state = account(state, seen, clock.now())
+    todo = plan(config, version, state, seen, clock.now())
+    if todo.say != said:
+      say(todo.say)
+      said = todo.say
+    looked = state
+    if gcloud.create(config) in todo.commands:  # a request may be there although asking for it failed
+      state = todo.state
+    if todo.commands:  # they take long: Ctrl-C may come
+      write_state(config, state)
+    try:
+      for command in todo.commands:
+        run(command)
+      state = todo.state._replace(troubles=0) if todo.commands else todo.state
+    except CommandFailed as error:
+      state = after_trouble(config, state, clock.now(), str(error))
+    except Refused:
+      write_state(config, looked)
+      raise
+    write_state(config, state)
+    if todo.done:
+      return state.code
+    clock.sleep(todo.wait)
 
 
 def taken_up(state: State, now: float, say: Callable[[str], None]) -> State:
@@ -92,21 +110,31 @@ def taken_up(state: State, now: float, say: Callable[[str], None]) -> State:
 def look(config, state: State, run: Callable[[Command], str], ask: bool = False) -> Seen:
   """What is there now; only as many commands as the state needs. ask: also ask the hosts, which is slow."""
   resource = run(gcloud.describe(config)).strip() or None
-  exits, durable, idle = (), None, None
+  exits, durable, idle, silent, alive = (), None, None, False, 0.0
   error = " ".join(run(gcloud.refusal(config)).split()) if resource == "FAILED" else ""
   if state.running:
     if ask and resource == "ACTIVE":  # before the exit codes: a host that is idle has written its own
-      idle = sum(run(one).split().count("IDLE") for one in gcloud.ask(config, state.code_version))
+      words = " ".join(map(run, gcloud.ask(config, state.code_version))).split()
+      idle = words.count("IDLE")
+      silent = idle + words.count("RUNS") < planner.hosts(config)
     exits = read_exits(run(gcloud.exits(config, run_folder(state))))
+    if silent or resource != "ACTIVE" and state.active_seen:  # or taken away since the last look
+      alive = newest_time(run(gcloud.written(config, run_folder(state))))
   if exits or idle or (resource == "ACTIVE") != state.running:
     durable = newest_step(run(gcloud.markers(config)).split())
-  return Seen(resource, exits, durable, idle, error)
+  return Seen(resource, exits, durable, idle, silent, alive, error)
 
 
 def read_exits(text: str) -> tuple[int, ...]:
   """Exit codes of lines such as {"time": 1.5, "code": 42}, earliest first."""
   found = [json.loads(line) for line in text.splitlines() if line.strip()]
   return tuple(one["code"] for one in sorted(found, key=lambda one: one["time"]))
+
+
+def newest_time(text: str) -> float:
+  """The newest of the times, such as 2026-08-01T12:00:00Z, in a listing; Unix seconds, 0 if there is none."""
+  found = re.findall(r"\b\d{4}-\d\d-\d\dT\d\d:\d\d:\d\dZ", text)
+  return max((datetime.datetime.fromisoformat(one).timestamp() for one in found), default=0.0)
 
 
 # ---- what is kept on this machine ----
@@ -128,6 +156,34 @@ def read_state(config) -> State:
     return State(**json.loads(path.read_text()))
   except (ValueError, TypeError):
     raise DataError(f"{path}: cannot be read; after `python -m launch down` begin anew") from None
+
+
+def write_state(config, state: State) -> None:
+  """For the next call."""
+  write_json(state_folder(config) / "state.json", state._asdict())
+
+
+def refuse_other_machines(config, state: State) -> None:
+  """Raises DataError if the config means other machines than those that may be there: nobody would look
+  after these any more.
+  """
+  for key in planner.PLACE if state.resource else ():
+    there = getattr(state, key)
+    if config[key] != there:
+      raise DataError(f"{key}={config[key]!r}: {config.name} ({state.resource}) is there with "
+                      f"{key}={there!r}; go on with that, or delete it first: `python -m launch down`")
+
+
+def asked_here(config, state: State) -> bool:
+  """Whether what has the run's name in that zone was asked for by this state; else it is somebody else's."""
+  return (state.project, state.zone) == (config.project, config.zone)
+
+
+def as_there(config, state: State):
+  """The config with the machines that may be there, whatever it has become since they were asked for."""
+  there = copy.deepcopy(config)
+  there.update({key: getattr(state, key) for key in planner.PLACE if state.resource})
+  return there
 
 
 @contextlib.contextmanager
@@ -197,7 +253,7 @@ def rehearse(config) -> list[str]:
     version, remarks = prepare(config), []
   except DataError as error:
     version, remarks = "HASH", [f"# to be mended before it can be shipped: {error}"]
-  hosts = config.nodes * accelerator(config.accelerator_type).hosts
+  hosts = planner.hosts(config)
   state, resource, exits = State(began="TIME"), None, ()
   lines = [*remarks, f"# every {config.poll:g} s", str(gcloud.describe(config))]
   while True:

@@ -63,8 +63,10 @@ class Word:
 
   def say(self, value: dict) -> None:
     """Says `value`, which JSON can hold, for this process."""
-    self._own = value
-    self._store.set(f"{self._folder}/{self._store.index}", json.dumps(value))
+    try:
+      self._store.set(f"{self._folder}/{self._store.index}", json.dumps(value))
+    finally:  # last: who hears it here may end this process at once
+      self._own = value
 
   def heard(self) -> list[dict]:
     """What processes have said so far; [] as long as nobody has."""

@@ -209,6 +209,7 @@ class Checkpointer:
     Raises:
       CheckpointError: the checkpoint is another model's (the line names the leaves), every
         checkpoint is damaged, or the frozen part is damaged or another run's.
+      FirstSaveLostError: the only checkpoint was never committed and is damaged; it is in `damaged/` now.
     """
     self.wait()
     mesh = mesh or trees.default_mesh()
@@ -239,8 +240,11 @@ class Checkpointer:
       if jax.tree.leaves(frozen_target):
         state["frozen"] = frozen_part.restore(self.workdir, frozen_target, about["frozen"], mesh)
         self._frozen = about["frozen"]
-      self._settle(step, aside, about, step in marked)
+      self._settle(step, aside, None if step in marked else about)
       return state, about["extra"]
+    if aside and not marked and len(aside) == 1:  # a folder's rename on a mounted bucket is not one step
+      self._settle(None, aside)
+      raise committed.FirstSaveLostError(f"{self.report}; start again to begin anew")
     if aside:
       newest = next(iter(aside.values()))
       raise CheckpointError(
@@ -248,22 +252,22 @@ class Checkpointer:
           f"{trees.listed(map(str, aside))} (newest: {newest}); remove that folder to start over")
     return None
 
-  def _settle(self, step: int, aside: dict[int, str], about: dict, marked: bool) -> None:
-    """Makes the folder say what was found: damaged steps out of the way, the restored one committed."""
+  def _settle(self, step: int | None, aside: dict[int, str], about: dict | None = None) -> None:
+    """Makes the folder say what was found: damaged steps out of the way, `step` committed with `about`."""
     def settle() -> str | None:
       try:
         for bad in aside:
           committed.move_aside(self.directory / str(bad), self.workdir / "damaged")
-        if not marked:
+        if about:
           committed.commit(self.directory / str(step), {
               "step": step, "manifest": committed.digest(about), "extra": about["extra"], "metrics": {}})
       except OSError as error:
         return str(error)
     if problem := agreement.from_first(settle):
       raise CheckpointError(f"damaged checkpoints cannot be moved to {self.workdir / 'damaged'}: {problem}")
-    self._steps = (self._steps - set(aside)) | {step}
+    self._steps = (self._steps - set(aside)) | ({step} - {None})
     self.set_aside = tuple(aside)
-    self.report = "; ".join([f"resuming from checkpoint {step}", *(
+    self.report = "; ".join([f"resuming from checkpoint {step}" if step else "no checkpoint is complete", *(
         f"set aside checkpoint {bad}: {problem}" for bad, problem in aside.items())])
     if jax.process_index() == 0:
       log.info(self.report)

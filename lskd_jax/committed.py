@@ -12,12 +12,17 @@ import shutil
 
 from etils import epath
 
-from lskd_jax import trees
-from lskd_jax.trees import one_line
+from lskd_jax import exit_codes, trees
+from lskd_jax.trees import CheckpointError, one_line
 
 MARKER = "COMMITTED.json"
 UNMARKED = f"it has no {MARKER}: its save or its copy was cut off"
 DELETED = ".deleted"  # the ending of a folder on its way out
+
+
+class FirstSaveLostError(CheckpointError):
+  """The run was ended in its first save; it begins anew when it is started again."""
+  exit_code = exit_codes.PREEMPTED
 
 
 def folders(directory: epath.Path) -> list[int]:

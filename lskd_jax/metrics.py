@@ -4,6 +4,7 @@ import contextlib
 import functools
 import json
 import math
+import os
 from pathlib import Path
 import re
 import time
@@ -76,9 +77,10 @@ class MetricWriter:
     self._pending = step, dict(values)
 
   def flush(self) -> None:
-    """Waits for the values given so far and puts them on disk."""
+    """Waits for the values given so far and puts them on disk, or into the bucket that is mounted there."""
     if self.active:
       self._fetch()
+      os.fsync(self._file.fileno())
 
   def _fetch(self) -> None:
     if self._pending is None:

@@ -56,15 +56,15 @@ def totals(found: list[Row]) -> dict[str, tuple[int, int, int]]:
 
 
 def announce(state: dict, mesh, workdir, say) -> None:
-  """Process 0 writes the table to `workdir/parameters.txt` and says how large it all is, in two lines."""
+  """Process 0 says the table and how large it all is, and keeps the table in `workdir/parameters.txt`."""
   if jax.process_index() > 0:
     return
-  path = Path(workdir) / "parameters.txt"
-  path.write_text(sharding_table(state, mesh))
+  path, table = Path(workdir) / "parameters.txt", sharding_table(state, mesh)
+  path.write_text(table)
   found = totals(rows(state, mesh))
   values = ", ".join(f"{count:,} {kind}" for kind, (_, count, _) in found.items() if kind != "optimizer")
   sizes = ", ".join(f"{kind} {size / 1e6:,.1f} MB" for kind, (_, _, size) in found.items())
-  say(f"{'parameters':18}{values}; each one: {path}\n{'bytes per device':18}{sizes}")
+  say(f"{table}\n{'parameters':18}{values}; also in {path}\n{'bytes per device':18}{sizes}")
 
 
 def _shape(shape: tuple[int, ...]) -> str:

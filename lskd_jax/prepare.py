@@ -2,7 +2,6 @@
 from collections.abc import Callable, Iterator
 import contextlib
 import dataclasses
-import json
 import math
 from pathlib import Path
 import re
@@ -16,7 +15,6 @@ from data_pipeline import tokenizer as tokenizers
 from data_pipeline.corpus import Corpus
 from data_pipeline.loader import Loader
 from data_pipeline.records import DataError
-from data_pipeline.stages import write_json
 from data_pipeline.texts import text_encoder
 from lskd_jax import checkpoint, features, guard, losses, metrics, optim, parallel, rows, step
 from lskd_jax.batches import (
@@ -270,9 +268,11 @@ def check_config(config, mesh) -> None:
   optim.schedule(config.optim)
   make_objective(config)
   train = config.train
-  for name in ("log_every", "max_skipped", "microbatches"):
-    if train[name] < 1:
-      raise DataError(f"train.{name}={train[name]} must be at least 1")
+  for group, names in (("train", ("log_every", "max_skipped", "microbatches")),
+                       ("data", ("batch_size", "statements", "text_tokens"))):
+    for name in names:
+      if config[group][name] < 1:
+        raise DataError(f"{group}.{name}={config[group][name]} must be at least 1")
   checkpoint.check_settings(train.keep, train.save_every, train.keep_best, train.best_metric, train.best_mode)
   parallel.own_rows(mesh, config.data.batch_size)
   images, groups = config.data.batch_size, math.prod(mesh.shape[axis] for axis in parallel.BATCH)
@@ -307,40 +307,3 @@ def corpus_texts(corpus: Corpus):
     for statement in record.statements:
       yield (f"question: {statement.question} answer: {statement.answer} "
              f"rationale: {statement.rationale}")
-
-
-def claim(config, workdir: Path, write: bool = False) -> None:
-  """Refuses a work directory of another config; with `write`, keeps the config of a new one.
-
-  It is written once the data and the model are there, so a mistyped path claims nothing.
-  """
-  wanted = json.loads(config.to_json_best_effort())
-  path = workdir / "config.json"
-  if path.exists():
-    theirs = json.loads(path.read_text())
-    if theirs != wanted:
-      key = first_difference(theirs, wanted)
-      raise DataError(f"{path}: this run was started with another {key}; use another --workdir, or "
-                      "the same config")
-  elif write and jax.process_index() == 0:
-    workdir.mkdir(parents=True, exist_ok=True)
-    write_json(path, wanted)
-
-
-def count_start(workdir: Path) -> int:
-  """How often the run of this work directory was started again; counts this start. 0 on process > 0."""
-  if jax.process_index() > 0:
-    return 0
-  path = workdir / "restarts.json"
-  restarts = json.loads(path.read_text())["restarts"] + 1 if path.exists() else 0
-  write_json(path, {"restarts": restarts})
-  return restarts
-
-
-def first_difference(a, b, path: str = "config") -> str:
-  """The dotted name of the first key in which two nested dicts differ."""
-  if isinstance(a, dict) and isinstance(b, dict):
-    for key in sorted(set(a) | set(b)):
-      if a.get(key) != b.get(key):
-        return first_difference(a.get(key), b.get(key), f"{path}.{key}")
-  return path

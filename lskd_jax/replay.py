@@ -22,13 +22,13 @@ from lskd_jax.metrics import for_json, read_metrics
 from lskd_jax.prepare import (
   Parts,
   check_config,
-  claim,
   extended,
   loss_weights,
   make_objective,
   prepare,
 )
 from lskd_jax.step import init_state, make_train_step
+from lskd_jax.workdir import claim
 
 
 class Replay(NamedTuple):

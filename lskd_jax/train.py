@@ -46,14 +46,13 @@ from lskd_jax.models import build
 from lskd_jax.prepare import (
   Parts,
   check_config,
-  claim,
-  count_start,
   extended,
   model_flops,
   prepare,
   start_weights,
 )
 from lskd_jax.watchdog import Watchdog
+from lskd_jax.workdir import alone, claim, count_start
 
 log = logging.getLogger(__name__)
 
@@ -74,19 +73,20 @@ class Watchers(NamedTuple):
 
 def train(config, workdir, *, evaluate: Callable | None = None, progress: bool = True,
           announce: Callable[[str], None] | None = None, stop: preemption.Preemption | None = None,
-          began: float | None = None) -> Run:
+          began: float | None = None, accept_config: bool = False) -> Run:
   """Trains or resumes; a finished run returns at once.
 
   In a run of several processes an error in one of them ends it at once, with its exit code.
 
   Args:
     config: as `configs/common.py` makes it.
-    workdir: made when missing; belongs to this config alone.
+    workdir: made when missing; belongs to one config, of which what is in `workdir.FREE` may change.
     evaluate: (graph, state, step) -> {metric: value}, every `config.eval.every` steps, besides the losses
       on held-out images. The metric `config.guard.metric` decides about extending the run.
     announce: given what the run starts on, as text: processes, mesh, parameters. None = not wanted.
     stop: `preemption.install()`, made as early as possible; None leaves SIGTERM to the caller.
     began: when the process started, in seconds since 1970, for the goodput log; None = now.
+    accept_config: go on with this config whatever the work directory was started with.
 
   Raises:
     Preempted: the run was told to stop, and has saved.
@@ -94,7 +94,7 @@ def train(config, workdir, *, evaluate: Callable | None = None, progress: bool =
     NotFiniteError: too many steps in a row were skipped.
   """
   workdir = Path(workdir)
-  claim(config, workdir)
+  claim(config, workdir, accept=accept_config)
   finished = workdir / "done.json"
   if finished.exists():
     done = json.loads(finished.read_text())
@@ -119,23 +119,24 @@ def train(config, workdir, *, evaluate: Callable | None = None, progress: bool =
       watchers.spent.phase(goodput.PREPARATION)
       # Only _train holds the parts, so that it can let go of the first parameters.
       done = _train(config, workdir, mesh, prepare(config, workdir, mesh, progress, watchers.dog.at),
-                    watchers, evaluate, progress, announce)
+                    watchers, evaluate, progress, announce, accept_config)
     if jax.process_index() == 0:
       write_json(finished, done)
   return Run(workdir / "model", done["step"], done["extended"])
 
 
 def _train(config, workdir: Path, mesh, parts: Parts, watchers: Watchers, evaluate, progress: bool,
-           announce) -> dict:
+           announce, accept_config: bool) -> dict:
   """The loop; returns what done.json says."""
-  claim(config, workdir, write=True)
   stop, dog, spent = watchers
-  restarts = count_start(workdir)
   is_extended = False
-  with checkpoint.Checkpointer(
+  workdir.mkdir(parents=True, exist_ok=True)
+  with alone(workdir, patience=1.5 * config.train.grace), checkpoint.Checkpointer(
       workdir, config.train.keep, config.train.save_every, keep_best=config.train.keep_best,
       best_metric=config.train.best_metric, best_mode=config.train.best_mode,
       frozen_source=config.init.model or None) as saver:
+    claim(config, workdir, write=True, accept=accept_config)
+    restarts = count_start(workdir)
     # --- resume, or start ---
     dog.at("restore", 0)
     spent.phase(goodput.RESTORE)
@@ -233,6 +234,8 @@ def _train(config, workdir: Path, mesh, parts: Parts, watchers: Watchers, evalua
         state, values = parts.train_step(state, frozen, rows, parts.run_key)
         now += 1
         fed.add(now, values.pop("examples"))
+        others = config.data.batch_size / len(batch["image_id"])  # have as many valid statements, on average
+        rates.count(config.data.batch_size, int(batch["statement_valid"].sum() * others))
         # log
         if compiled:
           spent.step(now)
@@ -245,8 +248,6 @@ def _train(config, workdir: Path, mesh, parts: Parts, watchers: Watchers, evalua
           spent.phase(goodput.STEP)
         guard(now, values)
         profiler(now, values)
-        others = config.data.batch_size / len(batch["image_id"])  # have as many valid statements, on average
-        rates.count(config.data.batch_size, int(batch["statement_valid"].sum() * others))
         bar.update()
         if now % config.train.log_every == 0 or now == steps:
           writer.write(now, values | rates.report())
@@ -255,12 +256,12 @@ def _train(config, workdir: Path, mesh, parts: Parts, watchers: Watchers, evalua
     dog.at("save", now)
     with rates.paused("save"):
       saver.wait()
-  if config.train.frozen_dtype:
-    frozen = widened(frozen, start_weights(config))
-  build.save(workdir / "model", config.task, parts.model_config,
-             nnx.merge_state(state["params"], frozen), parts.tokenizer_dir)
-  return {"step": steps, "params_digest": trees.params_digest(state["params"]),
-          "examples_digest": fed.digest, "restarts": restarts, "extended": is_extended}
+    if config.train.frozen_dtype:
+      frozen = widened(frozen, start_weights(config))
+    build.save(workdir / "model", config.task, parts.model_config,
+               nnx.merge_state(state["params"], frozen), parts.tokenizer_dir)
+    return {"step": steps, "params_digest": trees.params_digest(state["params"]),
+            "examples_digest": fed.digest, "restarts": restarts, "extended": is_extended}
 
 
 def _evaluate(parts: Parts, evaluate: Callable | None, params, frozen, now: int, watchers: Watchers,

@@ -31,7 +31,7 @@ ORDER = [
     # What a run needs besides the step: models from directories, cached features, judgements.
     ["lskd_jax.models.build", "lskd_jax.features", "lskd_jax.judged", "lskd_jax.fed", "lskd_jax.not_finite",
      "lskd_jax.frozen_dtype", "lskd_jax.parameter_table", "lskd_jax.batches", "lskd_jax.held_out",
-     "lskd_jax.prepare"],
+     "lskd_jax.prepare", "lskd_jax.workdir"],
     ["lskd_jax.train", "lskd_jax.replay", "lskd_jax.evaluate", "lskd_jax.convert"],
     ["lskd_jax"],  # everything else: commands and what users call
 ]

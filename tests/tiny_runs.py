@@ -1,5 +1,7 @@
 """What tests that start real training processes share: a few taught scenes, a tiny run on them, a port."""
+import contextlib
 from pathlib import Path
+import random
 import socket
 
 from configs import scenes
@@ -41,7 +43,9 @@ def config_for(folder: Path, task: str = "student"):
 
 
 def free_port() -> int:
-  """A port of this machine that nobody listens on."""
-  with socket.socket() as found:
-    found.bind(("localhost", 0))
-    return found.getsockname()[1]
+  """A port of this machine that nobody listens on, below those that systems hand out: it stays free."""
+  while True:
+    port = random.SystemRandom().randrange(20_000, 32_000)
+    with socket.socket() as tried, contextlib.suppress(OSError):
+      tried.bind(("localhost", port))
+      return port

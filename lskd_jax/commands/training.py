@@ -23,6 +23,9 @@ def add_verbs(verbs) -> None:
   p.add_argument("--reproduce-step", type=count, metavar="N",
                  help="do step N of this run again, print its metrics as JSON and compare them with "
                  "metrics.jsonl; nothing is written")
+  p.add_argument("--accept-config", action="store_true",
+                 help="go on with this config, though the run was started with another; what changed is kept "
+                 "in DIR/config_changes.jsonl")
   group = p.add_argument_group("several processes, one per host")
   group.add_argument("--multi-host", action="store_true",
                      help="find the other processes: on TPU VMs, GKE, Slurm (srun) and Open MPI")
@@ -49,6 +52,10 @@ def add_verbs(verbs) -> None:
 def train(args) -> None:
   """Trains or resumes what a config file describes, or does one of its steps again."""
   if args.local_processes:
+    for name in ("multi_host", "coordinator", "process_id", "processes"):
+      if getattr(args, name) not in (None, False):
+        args.parser.error("--local-processes starts the processes itself: leave out "
+                          f"--{name.replace('_', '-')}")
     sys.exit(train_locally(args))
   if args.devices_per_process:
     args.parser.error("--devices-per-process is for --local-processes")
@@ -76,7 +83,8 @@ def run_config(args, stop, began: float) -> None:
   if args.reproduce_step:
     show(reproduce_step(config, args.workdir, args.reproduce_step), jax.process_index())
     return
-  done = run(config, args.workdir, announce=functools.partial(print, flush=True), stop=stop, began=began)
+  done = run(config, args.workdir, announce=functools.partial(print, flush=True), stop=stop, began=began,
+             accept_config=args.accept_config)
   if jax.process_index() == 0:
     print(f"train: {done.steps} steps; the model is in {done.model}")
     print("\n".join(goodput.describe(goodput.summary(args.workdir))))

@@ -73,14 +73,14 @@ def save_interval(save_seconds: float, mtbf: float) -> float:
 
 
 class Cost(NamedTuple):
-  """A whole run: steps, hours of wall time, chip-hours, dollars; infinite where it would never end.
+  """A whole run: steps, hours of wall time, chip-hours, dollars; None where it would never end.
 
   lost: share of the wall time that preemptions and saves take.
   """
   steps: int
-  hours: float
-  chip_hours: float
-  dollars: float
+  hours: float | None
+  chip_hours: float | None
+  dollars: float | None
   lost: float
 
 
@@ -95,6 +95,8 @@ def cost(step_seconds: float, steps: int, chips: int, price: float, *, preemptio
   work = steps * step_seconds + steps // save_every * save_seconds
   loss = save_every * step_seconds / 2 + recovery
   useful = 1 - preemptions / DAY * loss
-  seconds = work / useful if useful > 0 else math.inf
+  if useful <= 0:
+    return Cost(steps, None, None, None, 1.0)
+  seconds = work / useful
   hours = seconds / 3600
   return Cost(steps, hours, hours * chips, hours * chips * price, 1 - steps * step_seconds / seconds)

@@ -149,7 +149,7 @@ def _costs(found: dict) -> list[str]:
   lines = ["", f"a run of {run['statements']:,} statements x {run['epochs']:g} epochs, at the bound "
            f"(prices: {'yours' if run['price'] is not None else PRICES_OF})"]
   for way, one in found["costs"].items():
-    if math.isinf(one["hours"]):
+    if one["hours"] is None:
       lines.append(f"  {way:18} never ends: preemptions take all there is; save more often")
       continue
     lines.append(f"  {way:18} {one['steps']} steps, {one['hours']:.1f} h, {one['chip_hours']:.0f} "

@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 from data_pipeline.records import DataError
 
-WAY_OUT = "pip install 'lskd_jax[tpu]'"
+WAY_OUT = "pip install -e '.[tpu]'"
 KINDS = ("v4", "v5e", "v5p", "v6e", "cpu")
 
 

@@ -6,6 +6,7 @@ parameters' digest and the log of examples must be those of a run that nothing h
 
 About twenty seconds a case on two cores: `pytest -m slow tests/chaos`.
 """
+import functools
 import json
 import os
 import shutil
@@ -29,6 +30,7 @@ TERM, KILL = signal.SIGTERM, signal.SIGKILL
 SAVED, NOT_SAVED, STUCK, LOST = (exit_codes.PREEMPTED_SAVED, exit_codes.PREEMPTED, exit_codes.STUCK,
                                  exit_codes.PEER_LOST)
 ABORTED = -signal.SIGABRT  # what the runtime does to a process whose coordinator is gone
+CHANGES = [(2, 2), (2, 4), (4, 1)]  # processes before a fault, and when the run is started again
 
 
 @pytest.fixture(scope="module")
@@ -52,6 +54,14 @@ def undisturbed(folder):
 def durable(workdir) -> list[int]:
   """The steps with a checkpoint that counts."""
   return sorted(int(path.parent.name) for path in workdir.glob("checkpoints/*/COMMITTED.json"))
+
+
+def goes_on(folder, workdir, processes, undisturbed, flags=()) -> None:
+  """A run started again takes its newest checkpoint, and ends as if nothing had happened."""
+  newest = durable(workdir)[-1:]
+  printed = finish(folder, workdir, processes, flags)
+  assert all((workdir / f"marks/compile-{step}-0").exists() for step in newest), printed
+  assert outcome(workdir) == undisturbed
 
 
 @pytest.mark.parametrize("processes", [1, 4])
@@ -86,18 +96,24 @@ SIGNALS = [
     Case("SIGTERM to the only one", 1, 2, "step", 5, TERM, (), {SAVED}),
     Case("SIGTERM during the first compile", 2, 2, "compile", 0, TERM, (1,), {NOT_SAVED}),
     Case("SIGTERM to all during the first compile", 2, 4, "compile", 0, TERM, (), {NOT_SAVED}),
+    Case("SIGTERM during the first compile, then fewer", 4, 1, "compile", 0, TERM, (2,), {NOT_SAVED}),
     Case("SIGTERM during evaluation", 2, 2, "evaluate", 4, TERM, (0,), {SAVED}),
     Case("SIGTERM during evaluation, then more", 2, 4, "evaluate", 5, TERM, (), {SAVED}),
     Case("SIGTERM during a save", 2, 2, "save", SAVE_EVERY, TERM, (1,), {SAVED}),
+    Case("SIGTERM during a save, then more", 2, 4, "save", SAVE_EVERY, TERM, (0,), {SAVED}),
     Case("SIGTERM to all during a save, then fewer", 4, 1, "save", SAVE_EVERY, TERM, (), {SAVED}),
     Case("SIGKILL of a worker", 2, 2, "data", 5, KILL, (1,), {-KILL, LOST}, SAVE_EVERY),
     Case("SIGKILL of a worker, then more", 2, 4, "data", 5, KILL, (1,), {-KILL, LOST}, SAVE_EVERY),
     Case("SIGKILL of a worker, then one", 4, 1, "data", 5, KILL, (3,), {-KILL, LOST}, SAVE_EVERY),
     Case("SIGKILL of the coordinator", 2, 2, "data", 5, KILL, (0,), {-KILL, ABORTED, LOST}, SAVE_EVERY),
+    Case("SIGKILL of the coordinator, then more", 2, 4, "data", 5, KILL, (0,), {-KILL, ABORTED, LOST},
+         SAVE_EVERY),
     Case("SIGKILL of the coordinator, then one", 4, 1, "data", 5, KILL, (0,), {-KILL, ABORTED, LOST},
          SAVE_EVERY),
     Case("SIGKILL of a worker during a save", 2, 2, "save", 2 * SAVE_EVERY, KILL, (1,), {-KILL, LOST}),
     Case("SIGKILL of the coordinator during a save", 2, 4, "save", 2 * SAVE_EVERY, KILL, (0,),
+         {-KILL, ABORTED, LOST}),
+    Case("SIGKILL of a worker during a save, then one", 4, 1, "save", 2 * SAVE_EVERY, KILL, (2,),
          {-KILL, ABORTED, LOST}),
     Case("SIGKILL of all during the first save", 2, 2, "save", SAVE_EVERY, KILL, (), {-KILL}),
 ]
@@ -115,8 +131,7 @@ def test_a_run_that_is_ended_goes_on(folder, undisturbed, tmp_path, case):
     assert max(steps) >= case.step, run.printed()
   if case.saved is not None:
     assert max(steps) == case.saved, run.printed()
-  finish(folder, run.workdir, case.after)
-  assert outcome(run.workdir) == undisturbed
+  goes_on(folder, run.workdir, case.after, undisturbed)
 
 
 @pytest.mark.parametrize("before,after,which", [(2, 2, (1,)), (2, 4, ()), (4, 1, (3,))])
@@ -130,19 +145,19 @@ def test_an_evaluation_is_left_and_made_again_when_the_run_goes_on(folder, undis
   evaluated = lambda: [line["step"] for line in read_metrics(run.workdir / "metrics.jsonl")
                        if "held_out_loss" in line]
   assert (durable(run.workdir)[-1], evaluated()) == (4, [1, 2, 3]), run.printed()
-  finish(folder, run.workdir, after, ("--held-out",))
+  goes_on(folder, run.workdir, after, undisturbed, ("--held-out",))
   assert evaluated() == list(range(1, STEPS + 1))
-  assert outcome(run.workdir) == undisturbed
 
 
-def test_a_process_that_is_stuck_is_named_and_the_run_ended(folder, undisturbed, tmp_path):
-  with Run(folder, tmp_path / "run", 2, ("--stuck", "1", "5")) as run:
-    assert run.codes() == [STUCK, STUCK], run.printed()
+@pytest.mark.parametrize("before,after,which", [(2, 2, 1), (2, 4, 0), (4, 1, 3)])
+def test_a_process_that_is_stuck_is_named_and_the_run_ended(folder, undisturbed, tmp_path, before, after,
+                                                            which):
+  with Run(folder, tmp_path / "run", before, ("--stuck", str(which), "5")) as run:
+    assert run.codes() == [STUCK] * before, run.printed()
     crash = json.loads((run.workdir / "crash-0.json").read_text())
-  assert "process 1 is late" in crash["reason"]
-  assert "at_and_mark" in (run.workdir / "stacks-1.txt").read_text()
-  finish(folder, run.workdir, 2)
-  assert outcome(run.workdir) == undisturbed
+  assert f"process {which} is late" in crash["reason"]
+  assert "at_and_mark" in (run.workdir / f"stacks-{which}.txt").read_text()
+  goes_on(folder, run.workdir, after, undisturbed)
 
 
 # --- checkpoints that are no good ----------------------------------------------------------------------
@@ -150,13 +165,15 @@ def test_a_process_that_is_stuck_is_named_and_the_run_ended(folder, undisturbed,
 
 @pytest.fixture(scope="module")
 def two_saves(folder):
-  """A run that was told to stop after its second checkpoint, at a step of its own."""
-  with Run(folder, folder / "two saves", 2) as run:
-    run.wait_for("data", 2 * SAVE_EVERY)
-    run.signal(TERM)
-    assert run.codes() == [SAVED, SAVED], run.printed()
-  assert len(durable(run.workdir)) >= 2
-  return run.workdir
+  """The work directory of a run of so many processes that was told to stop after its second checkpoint."""
+  def save_twice(processes: int):
+    with Run(folder, folder / f"two saves of {processes}", processes) as run:
+      run.wait_for("data", 2 * SAVE_EVERY)
+      run.signal(TERM)
+      assert run.codes() == [SAVED] * processes, run.printed()
+    assert len(durable(run.workdir)) >= 2
+    return run.workdir
+  return functools.cache(save_twice)
 
 
 def largest_file(checkpoint):
@@ -177,8 +194,11 @@ def flip_a_bit(checkpoint):
 
 
 def copy_half(checkpoint):
-  """As a copy that was cut off leaves it: the marker is written last."""
-  (checkpoint / "COMMITTED.json").unlink()
+  """As a copy that was cut off leaves it: half of the files are there, and not the marker, the last one."""
+  files = sorted((path for path in checkpoint.rglob("*") if path.is_file()),
+                 key=lambda path: path.name == "COMMITTED.json")
+  for path in files[len(files) // 2:]:
+    path.unlink()
 
 
 def lose_metadata(checkpoint):
@@ -188,31 +208,32 @@ def lose_metadata(checkpoint):
     path.unlink()
 
 
-@pytest.mark.parametrize("processes", [2, 1])
+@pytest.mark.parametrize("before,after", CHANGES)
 @pytest.mark.parametrize("damage", [truncate, flip_a_bit, copy_half, lose_metadata],
                          ids=lambda damage: damage.__name__)
 def test_a_damaged_checkpoint_is_set_aside_and_the_one_before_it_used(
-    folder, undisturbed, two_saves, tmp_path, damage, processes):
+    folder, undisturbed, two_saves, tmp_path, damage, before, after):
   workdir = tmp_path / "run"
-  shutil.copytree(two_saves, workdir)
+  shutil.copytree(two_saves(before), workdir)
   for log in workdir.glob("process-*.log"):
     log.unlink()
   *_, good, newest = durable(workdir)
   damage(workdir / "checkpoints" / str(newest))
-  printed = finish(folder, workdir, processes)
+  printed = finish(folder, workdir, after)
   assert f"resuming from checkpoint {good}; set aside checkpoint {newest}: " in printed, printed
   assert list((workdir / "damaged").glob(f"{newest}*"))
   assert outcome(workdir) == undisturbed
 
 
-def test_a_full_disk_stops_the_run_and_leaves_the_last_good_checkpoint(folder, undisturbed, tmp_path):
-  with Run(folder, tmp_path / "run", 2, ("--full-disk-after", str(SAVE_EVERY))) as run:
+@pytest.mark.parametrize("before,after", CHANGES)
+def test_a_full_disk_stops_the_run_and_leaves_the_last_good_checkpoint(folder, undisturbed, tmp_path, before,
+                                                                       after):
+  with Run(folder, tmp_path / "run", before, ("--full-disk-after", str(SAVE_EVERY))) as run:
     codes = run.codes()
     assert exit_codes.CANNOT_SAVE in codes and set(codes) <= {exit_codes.CANNOT_SAVE, LOST, ABORTED}, (
         run.printed())
   assert durable(run.workdir) == [SAVE_EVERY]
-  finish(folder, run.workdir, 2)
-  assert outcome(run.workdir) == undisturbed
+  goes_on(folder, run.workdir, after, undisturbed)
 
 
 # --- the supervisor ------------------------------------------------------------------------------------

@@ -81,14 +81,18 @@ def clock():
 
 
 @pytest.fixture
-def launch(config, cloud, tmp_path, capsys):
-  """Calls `python -m launch` with the config; the exit code and what was printed."""
+def arguments(config):
+  """Of `python -m launch VERB`, for the config."""
   changed = ("name", "project", "bucket", "accelerator_type", "zone", "source", "requirements", "python",
              "state", "command")
-  words = [f"--config.{key}={config[key]}" for key in changed]
+  return ["--config", "configs/launch_v5e.py", *(f"--config.{key}={config[key]}" for key in changed)]
 
+
+@pytest.fixture
+def launch(arguments, cloud, capsys):
+  """Calls `python -m launch` with the config; the exit code and what was printed."""
   def call(verb, *more):
-    code = command_line.main([verb, "--config", "configs/launch_v5e.py", *words, *more])
+    code = command_line.main([verb, *arguments, *more])
     return code, capsys.readouterr()
   return call
 

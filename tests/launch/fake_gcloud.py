@@ -5,8 +5,9 @@ $FAKE_CLOUD names the file:
              each look moves on one state, and the last one stays. A start's exits are what `cat` prints at
              successive looks, beginning `after` looks after the start; an entry is a list of codes.
              "error" is why its request failed; "idle" are the numbers of asked hosts that have no command
-  failures   of commands, {"create 1": "text on stderr"}: the first `create` fails
+  failures   of commands, {"create 1": "why"}: the first `create` fails; "ERROR: …" is printed as it is
   commits    {"2": 40}: since the second start, checkpoint 40 is committed
+  written    when the hosts last wrote to the bucket, such as 2027-01-15T08:00:00Z; without it, never
 """
 import json
 import os
@@ -28,7 +29,9 @@ def answer(file: Path, words: list[str]) -> tuple[int, str, str]:
     except LookupError as refused:
       error = refused.args[0]
   file.write_text(json.dumps(cloud))
-  return (1, "", f"ERROR: (gcloud.{kind}) {error}\n") if error else (0, out, "")
+  if error and not error.startswith("ERROR"):
+    error = f"ERROR: (gcloud.{kind}) {error}"
+  return (1, "", f"{error}\n") if error else (0, out, "")
 
 
 def verb(words: list[str]) -> str:
@@ -107,6 +110,11 @@ def cat(cloud, words):
 
 
 def ls(cloud, words):
+  if "--long" in words:
+    if "written" not in cloud:
+      raise LookupError("One or more URLs matched no objects.")
+    return (f"      2048  {cloud['written']}  {words[-1].replace('*', 'log-0-0.txt')}\n"
+            "TOTAL: 1 objects, 2048 bytes (2kiB)\n")
   step = cloud.get("commits", {}).get(str(cloud.get("begun", 0)))
   if step is None:
     raise LookupError("One or more URLs matched no objects.")

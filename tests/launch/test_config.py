@@ -56,6 +56,8 @@ GIVEN = ["--config.project=p", "--config.bucket=gs://bucket"]
      "on-demand"),
     ("skypilot --out out.yaml", ["--config.provisioning=flex-start"], "provisioning='flex-start': one of "
      "spot, on-demand"),
+    ("skypilot --out out.yaml", ["--config.nodes=2"], "nodes=2: SkyPilot asks for each slice by itself, and "
+     "they would not find each other; use `python -m launch up` or `manifest`, or nodes=1"),
     ("skypilot --out out.yaml", ["--config.zone="], "zone='': say which, in the config or with "
      "--config.zone=…")])
 def test_nonsense_is_refused_in_one_line(verb, words, said, capsys):

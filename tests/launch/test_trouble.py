@@ -3,14 +3,16 @@ import importlib.resources
 import os
 import re
 import subprocess
+import sys
 
 import pytest
 
 from data_pipeline.records import DataError
+from launch import executor as executor_module
 from launch.executor import CommandFailed, Refused, executor
 from launch.gcloud import Command
 from launch.up import prepare, read_state, up
-from tests.launch.test_up import ACTIVE, DONE, commands, interrupted_after
+from tests.launch.test_up import ACTIVE, DONE, WAITING, commands, interrupted_after
 
 ENDLESS = {"after": 999, "exits": []}
 
@@ -61,11 +63,100 @@ def test_machines_that_are_taken_away_before_a_start_are_nobodys_fault(config, c
   assert read_state(config).preemptions == 5
 
 
-def test_who_is_logged_out_learns_that_machines_are_there(config, cloud, clock):
+def test_a_preemption_with_a_warning_counts_once(config, cloud, clock):
+  """The hosts end with 42 while the machines are there, which are taken away a moment later."""
+  config.max_preemptions = 1
+  cloud(lives=[{"states": [*[ACTIVE] * 3, "SUSPENDING", "SUSPENDED"],
+                "starts": [{"after": 1, "exits": [[42, 42]]}]}, DONE], commits={"1": 40, "2": 80})
+  assert up(config, print, clock) == 0
+  assert read_state(config).preemptions == 1
+
+
+def test_machines_that_are_taken_away_before_a_start_count_after_a_preemption_too(config, cloud, clock):
+  cloud(lives=[{"states": [*[ACTIVE] * 3, "SUSPENDED"], "starts": [ENDLESS]},
+               {"states": ["SUSPENDED"], "starts": []}, DONE])
+  assert up(config, print, clock) == 0
+  assert read_state(config).preemptions == 2
+
+
+MAY_COST = ("run ({}) is still there and may cost money: `python -m launch up` looks after it again, `down` "
+            "deletes it")
+
+
+@pytest.mark.parametrize("error", [
+    "UNAUTHENTICATED: Request had invalid authentication credentials.",
+    "There was a problem refreshing your current auth tokens: ('invalid_grant: Bad Request', {'error': "
+    "'invalid_grant', 'error_description': 'reauth related error (invalid_rapt)'})"])
+def test_who_is_logged_out_learns_that_machines_are_there(config, cloud, clock, error):
   cloud(lives=[{"states": [ACTIVE], "starts": [ENDLESS]}],
-        failures={"describe 6": "UNAUTHENTICATED: Request had invalid authentication credentials."})
-  with pytest.raises(Refused, match=r"UNAUTHENTICATED: .* run \(ACTIVE\) is still there and may cost money"):
+        failures={f"describe {n}": error for n in range(6, 999)})
+  with pytest.raises(Refused, match=re.escape(error)) as raised:
     up(config, print, clock)
+  assert raised.value.__notes__ == [MAY_COST.format(ACTIVE)]
+
+
+@pytest.mark.parametrize("during, there", [
+    ("git", None), ("create", "CREATING"), ("lskd-setup.sh", ACTIVE), ("exit-", ACTIVE)])
+def test_who_presses_ctrl_c_learns_what_is_there(cloud, launch, monkeypatch, during, there):
+  """Machines cost money before the start, too, and a request that was made may be granted later."""
+  cloud(lives=[{"states": [ACTIVE], "starts": [ENDLESS]}])
+  real = executor_module._once
+
+  def once(command):
+    if during in str(command):
+      raise KeyboardInterrupt
+    return real(command)
+  monkeypatch.setattr(executor_module, "_once", once)
+  code, shown = launch("up", "--config.poll=0.001")
+  assert code == 130
+  assert shown.err.startswith("launch: interrupted; to go on: python -m launch up --config ")
+  assert shown.err.endswith(f". {MAY_COST.format(there)}\n") == (there is not None)
+
+
+def test_an_error_of_any_kind_says_what_is_there_in_the_same_line(cloud, launch, config):
+  cloud(lives=[{"states": [WAITING], "starts": []}], failures={"describe 5": "UNAUTHENTICATED: log in"})
+  code, shown = launch("up", "--config.poll=0.001")
+  assert code == 1
+  assert shown.err.startswith("launch: error: ERROR: (gcloud.describe) UNAUTHENTICATED: log in (in: ")
+  assert shown.err.endswith(f". {MAY_COST.format(WAITING)}\n") and shown.err.count("\n") == 1
+  code, shown = launch("up", "--config.requirements=/nowhere/requirements.txt")
+  assert (code, shown.err) == (1, "launch: error: /nowhere/requirements.txt: No such file or directory. "
+                                  f"{MAY_COST.format(WAITING)}\n")
+
+
+@pytest.mark.parametrize("place", ["pipe", "terminal"])
+def test_up_looks_after_the_run_although_nobody_reads_what_it_says(gcloud_on_path, arguments, place):
+  """Its output went to `head`, or its terminal was closed."""
+  gcloud_on_path(lives=[DONE])
+  reader, writer = os.pipe() if place == "pipe" else os.openpty()
+  os.close(reader)
+  words = [sys.executable, "-m", "launch", "up", *arguments, "--config.poll=0.001"]
+  done = subprocess.run(words, stdout=writer, stderr=subprocess.PIPE, text=True, check=False, timeout=60)
+  os.close(writer)
+  assert (done.returncode, done.stderr) == (0, "")
+
+
+def test_who_may_not_reach_the_hosts_learns_it_at_once(config, cloud, clock):
+  denied = "ERROR: (gcloud.compute.tpus.tpu-vm.ssh) PERMISSION_DENIED: Permission 'tpu.nodes.update' denied"
+  cloud(lives=[{"states": [ACTIVE], "starts": []}], failures={"setup 1": denied})
+  with pytest.raises(Refused, match=re.escape(denied)):
+    up(config, print, clock)
+  assert requests(config) == 1
+
+
+def test_what_a_hosts_own_command_was_refused_is_tried_again(config, cloud, clock):
+  """The rights of a new machine may come a moment later."""
+  denied = "ERROR: (gcloud.storage.cp) PERMISSION_DENIED: no access to gs://bucket"
+  cloud(lives=[DONE], failures={"setup 1": denied})
+  assert up(config, print, clock) == 0
+
+
+def test_what_may_fail_does_not_keep_machines_from_being_deleted(config, cloud, clock):
+  denied = "ERROR: (gcloud.compute.tpus.tpu-vm.ssh) PERMISSION_DENIED: Permission 'tpu.nodes.update' denied"
+  config.budget_hours = 0.1
+  cloud(lives=[{"states": [ACTIVE], "starts": [ENDLESS]}], failures={"stop 1": denied})
+  assert up(config, print, clock) == 1
+  assert "[0] gcloud compute tpus queued-resources delete" in commands(config)
 
 
 # ---- when a run that ended is taken up again ----
@@ -158,9 +249,66 @@ def test_a_host_without_command_and_without_exit_code_counts_as_killed(config, c
   assert read_state(config).starts == 2
 
 
-def test_hosts_that_cannot_be_asked_are_left_alone(config, cloud, clock):
-  cloud(lives=[{"states": [ACTIVE], "starts": [{"after": 40, "exits": [[0, 0]]}]}],
-        failures={f"ask {n}": "[/usr/bin/ssh] exited with return code [255]." for n in range(1, 999)})
+def test_a_laptop_that_wakes_up_without_a_network_is_not_without_an_answer_for_days(config, cloud, clock):
+  """Nobody asked while it was asleep."""
+  cloud(lives=[{"states": [ACTIVE], "starts": [{"after": 20, "exits": [[0, 0]]}]}],
+        failures={f"describe {n}": "Unable to find the server at tpu.googleapis.com" for n in range(8, 28)})
+  config.budget_hours = 48
+  left = [7]
+
+  def sleep(seconds):
+    left[0] -= 1
+    clock.sleep(seconds if left[0] else 30 * 3600)
+  assert up(config, print, clock._replace(sleep=sleep)) == 0
+
+
+def test_who_is_without_an_answer_for_days_gives_up(config, cloud, clock):
+  config.poll = 3600.0
+  cloud(lives=[{"states": [ACTIVE], "starts": [ENDLESS]}],
+        failures={f"describe {n}": "Unable to find the server at tpu.googleapis.com" for n in range(8, 999)})
+  with pytest.raises(Refused, match="gcloud has not answered for 24 hours"):
+    up(config, print, clock)
+
+
+@pytest.mark.parametrize("ended, preemptions", [([151], 0), ([0], 0), ([42], 2), ([43], 2)])
+def test_a_host_that_hangs_is_a_failure_unless_the_others_were_preempted(
+    config, cloud, clock, ended, preemptions):
+  """What left no exit code is no preemption by itself: there would be no limit to it."""
+  config.max_failures = config.max_preemptions = 1
+  cloud(lives=[{"states": [ACTIVE], "starts": [{"after": 1, "exits": [ended]}]}] * 9,
+        commits={str(n): 40 for n in range(9)})
+  assert up(config, print, clock) == (ended[0] if preemptions else 137)
+  assert requests(config) == 2
+  assert read_state(config).preemptions == preemptions
+
+
+UNREACHABLE = {f"ask {n}": "[/usr/bin/ssh] exited with return code [255]." for n in range(1, 999)}
+
+
+def test_hosts_that_cannot_be_asked_are_left_alone_while_they_write_to_the_bucket(config, cloud, clock):
+  config.poll = 600.0
+  cloud(lives=[{"states": [ACTIVE], "starts": [{"after": 20, "exits": [[0, 0]]}]}],
+        failures=UNREACHABLE, written="2099-01-01T00:00:00Z")
+  assert up(config, print, clock) == 0
+  assert read_state(config).starts == 1
+
+
+@pytest.mark.parametrize("written", [{}, {"written": "2027-01-15T08:05:00Z"}])
+def test_hosts_of_which_nothing_is_heard_for_an_hour_are_replaced(config, cloud, clock, written):
+  """Neither do they answer nor is a log renewed: nothing runs there any more, and it costs money."""
+  config.max_failures, config.poll = 2, 600.0
+  cloud(lives=[{"states": [ACTIVE], "starts": [ENDLESS]}] * 9, failures=UNREACHABLE, **written)
+  said = []
+  assert up(config, said.append, clock) == 137
+  assert said.count("nothing was heard of the hosts for 1 h: taking others") == 2
+  assert requests(config) == 3
+  assert read_state(config).spent < 3 * 1.4 * 3600
+
+
+def test_a_connection_that_breaks_now_and_then_is_no_silence(config, cloud, clock):
+  config.poll = 600.0
+  cloud(lives=[{"states": [ACTIVE], "starts": [{"after": 20, "exits": [[0, 0]]}]}],
+        failures={f"ask {n}": "[/usr/bin/ssh] exited with return code [255]." for n in range(1, 99) if n % 4})
   assert up(config, print, clock) == 0
   assert read_state(config).starts == 1
 
@@ -186,8 +334,9 @@ def test_without_an_error_line_the_last_one_of_the_host_is_shown(tmp_path, clock
 
 
 def test_setup_says_which_step_failed(tmp_path):
-  for name, code in (("sudo", 0), ("gcsfuse", 1)):
-    (tmp_path / name).write_text(f"#!/bin/sh\nexit {code}\n")
+  for name, script in (("sudo", "exit 0"),
+                       ("gcsfuse", "[ $1 = --help ] && echo --metadata-cache-negative-ttl-secs")):
+    (tmp_path / name).write_text(f"#!/bin/sh\n{script}\n")
     (tmp_path / name).chmod(0o755)
   words = ["gs://bucket/code", "version", "bucket", str(tmp_path / "mount"), "3.12", "0.13.8"]
   done = subprocess.run(["bash", str(importlib.resources.files("launch") / "setup.sh"), *words], text=True,
@@ -195,4 +344,4 @@ def test_setup_says_which_step_failed(tmp_path):
                         capture_output=True, check=False, timeout=60)
   assert done.returncode == 1
   last = done.stderr.splitlines()[-1]
-  assert re.fullmatch(r'ERROR: setup.sh, line \d+: gcsfuse --implicit-dirs "\$bucket" "\$mount"', last)
+  assert re.fullmatch(r'ERROR: setup.sh, line \d+: gcsfuse --implicit-dirs .* "\$bucket" "\$mount"', last)

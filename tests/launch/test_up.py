@@ -192,7 +192,8 @@ def test_status_shows_machines_run_and_costs(launch, config, cloud, clock):
   code, shown = launch("status", "--config.price=1.2")
   table = dict(re.split(r"\s{2,}", line, maxsplit=1) for line in shown.out.splitlines())
   assert code == 0
-  assert table["machines"] == "none (1 x v5p-16)" and table["run"] == "ended with 0 (done): done"
+  assert table["machines"] == "none (1 x v5p-16 in zone-a of project)"
+  assert table["run"] == "ended with 0 (done): done"
   assert table["durable step"] == "80"
   assert table["dollars"].endswith(f"of {48 * 8 * 1.2:.2f}")
 

@@ -5,7 +5,6 @@ Run as a script, this file is one of the processes.
 import logging
 import os
 from pathlib import Path
-import socket
 import subprocess
 import sys
 import time
@@ -14,8 +13,9 @@ import jax
 from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
 import numpy as np
 
-from lskd_jax import agreement, parallel, trees
+from lskd_jax import agreement, parallel, peers, trees
 from lskd_jax.checkpoint import Checkpointer
+from tests.tiny_runs import free_port
 
 ROOT = Path(__file__).resolve().parents[2]
 VALUES = np.arange(64, dtype=np.float32).reshape(8, 8)
@@ -32,9 +32,7 @@ def state_at(step):
 
 def start(role, folder, count):
   """Starts `count` processes of one device each, and returns the exit code and output of each."""
-  with socket.socket() as found:
-    found.bind(("localhost", 0))
-    port = found.getsockname()[1]
+  port = free_port()
   environment = os.environ | {"PYTHONPATH": str(ROOT), "JAX_NUM_CPU_DEVICES": "1"}
   processes = [subprocess.Popen(
       [sys.executable, __file__, role, str(folder), str(port), str(number), str(count)], text=True,
@@ -109,7 +107,7 @@ def full(folder):
         time.sleep(0.01)
     except trees.CannotSaveError as error:
       print(error, flush=True)
-      os._exit(error.exit_code)
+      peers.leave(error.exit_code)
 
 
 if __name__ == "__main__":

@@ -8,7 +8,9 @@ import sys
 import jax.numpy as jnp
 import pytest
 
+from lskd_jax import errors, exit_codes
 from lskd_jax.checkpoint import Checkpointer
+from lskd_jax.committed import FirstSaveLostError
 from lskd_jax.trees import CheckpointError
 from tests.lskd_jax.tiny_checkpoints import (
   assert_same_bits,
@@ -91,11 +93,33 @@ def test_a_run_killed_just_before_its_first_commit_does_not_lose_the_step(tmp_pa
   with Checkpointer(tmp_path) as checkpoints:
     assert_same_bits(checkpoints.restore_latest(states[1])[0], states[1])
     assert checkpoints.durable_step() == 1
-  marker.unlink()
-  flip_a_bit(largest_data_file(tmp_path / "checkpoints/1"))
+
+
+def test_a_run_killed_in_its_first_save_begins_anew(tmp_path):
+  """As where folders are not renamed at once: one step is there, in part, and nothing before it."""
+  states = saved(tmp_path, [1])
+  (tmp_path / "checkpoints/1/COMMITTED.json").unlink()
+  largest_data_file(tmp_path / "checkpoints/1").unlink()
+  with Checkpointer(tmp_path) as checkpoints:
+    with pytest.raises(FirstSaveLostError, match="set aside checkpoint 1: .*; start again") as caught:
+      checkpoints.restore_latest(states[1])
+  assert errors.exit_code(caught.value) == exit_codes.PREEMPTED and (tmp_path / "damaged/1").is_dir()
+  with Checkpointer(tmp_path) as checkpoints:
+    assert checkpoints.is_empty()
+
+
+@pytest.mark.parametrize("committed", [True, False])
+def test_steps_all_of_which_are_damaged_are_left_where_they_are(tmp_path, committed):
+  """A copy may be under way, or somebody may still mend them."""
+  states = saved(tmp_path, [1, 2])
+  for step in (1, 2):
+    flip_a_bit(largest_data_file(tmp_path / "checkpoints" / str(step)))
+    if not committed:
+      (tmp_path / "checkpoints" / str(step) / "COMMITTED.json").unlink()
   with Checkpointer(tmp_path) as checkpoints:
     with pytest.raises(CheckpointError, match="no checkpoint in .* can be restored"):
       checkpoints.restore_latest(states[1])
+  assert steps_in(tmp_path) == [1, 2]
 
 
 def test_setting_a_step_aside_twice_keeps_both(tmp_path):
@@ -139,7 +163,9 @@ def test_a_half_written_step_is_ignored_and_removed(tmp_path):
 KILLED_WHILE_SAVING = """
 import os, signal, sys, time
 import jax.numpy as jnp, numpy as np
+from lskd_jax import errors, exit_codes
 from lskd_jax.checkpoint import Checkpointer
+from lskd_jax.committed import FirstSaveLostError
 checkpoints = Checkpointer(sys.argv[1])
 checkpoints.save(1, {"step": jnp.int32(1), "params": jnp.ones(16)})
 checkpoints.wait()

@@ -1,4 +1,5 @@
 """The demo as a whole: its order, what it refuses, and that a kill costs nothing but time."""
+import faulthandler
 import json
 import os
 from pathlib import Path
@@ -195,6 +196,7 @@ def tasks_of(workdir):
 @pytest.mark.slow
 def test_a_killed_demo_ends_with_the_numbers_of_an_uninterrupted_one(tmp_path):
   """Killed after its second task, in the middle of the third."""
+  faulthandler.cancel_dump_traceback_later()  # beside other work it may take longer than tests have
   whole, killed = tmp_path / "whole", tmp_path / "killed"
   process = start(killed)
   deadline = time.time() + 900

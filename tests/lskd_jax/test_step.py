@@ -74,7 +74,7 @@ def test_one_batch_can_be_learnt_by_heart(trained):
   """
   last = {name: np.mean(values[-10:]) for name, values in trained.metrics.items()}
   least = 14 * np.log(2) / (trained.rows["fields"] > 0).sum()
-  assert least < last["lm"] < least + 0.05 and last["itm"] < 0.02
+  assert least < last["lm"] < least + 0.06 and last["itm"] < 0.02
   tokens, answers = trained.rows["tokens"][:7], trained.rows["fields"] == losses.ANSWER
   unknown = answers[np.arange(7), :, (tokens[:, 0] != tokens[:, 1]).argmax(-1)].sum()
   assert last["answer_words_right"] >= 1 - unknown / answers.sum()

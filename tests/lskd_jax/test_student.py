@@ -85,7 +85,7 @@ def test_one_statement_of_one_image_alone_is_the_same(plain, rows):
   alone |= {name: alone[name][:, 1:] for name in ("tokens", "fields", "statement_valid")}
   for name, values in outputs(student(), alone).items():
     expected = plain[name][1:2] if name in ("image", "query_states") else plain[name][1:2, 1:]
-    np.testing.assert_allclose(values, expected, atol=1e-5, err_msg=name)
+    np.testing.assert_allclose(values, expected, atol=2e-5, err_msg=name)  # of logits up to 5
 
 
 @pytest.mark.parametrize("mode, reads_boxes", [

@@ -19,7 +19,7 @@ from lskd_jax.evaluate.candidates import Scorer
 from lskd_jax.guard import needs_more
 from lskd_jax.metrics import read_metrics
 from lskd_jax.models import build
-from lskd_jax.prepare import first_difference, sized
+from lskd_jax.prepare import sized
 from lskd_jax.replay import reproduce_step
 from lskd_jax.train import Run, train
 from lskd_jax.trees import named_leaves, read_manifest
@@ -238,13 +238,34 @@ def test_another_config_in_the_same_work_directory_is_refused(folder, student, g
   config = student_config(folder)
   (config[group] if group else config)[key] = value
   name = f"config.{group}.{key}" if group else f"config.{key}"
-  with pytest.raises(DataError, match=f"started with another {name}; use another --workdir"):
+  with pytest.raises(DataError, match=f"started with another {name} .*use another --workdir"):
     run(config, student[0])
 
 
-def test_first_difference_names_a_key_that_only_one_has():
-  assert first_difference({"a": {"b": 1, "c": [2]}}, {"a": {"b": 1, "c": [3]}}) == "config.a.c"
-  assert first_difference({"a": {}}, {"a": {"new": 0}}) == "config.a.new"
+def test_a_run_goes_on_with_another_mesh_and_other_saves(folder, student):
+  config, workdir, turns = student_config(folder), folder / "runs/moved", []
+
+  def evaluate(graph, state, step):
+    if step == 3 and not turns:
+      turns.append("killed")
+      raise KilledError
+    return {"evaluated": step / 10}
+  with pytest.raises(KilledError):
+    run(config, workdir, evaluate)
+  config.train.mesh.update(data=2, fsdp=1)
+  config.train.update(save_every=1, keep=1)
+  assert run(config, workdir, evaluate).steps == 4
+  assert [path.name for path in (workdir / "checkpoints").iterdir()] == ["4"]
+  for line, expected in zip(logged(workdir), logged(student[0]), strict=True):
+    assert line["loss"] == pytest.approx(expected["loss"], rel=1e-5)
+
+
+def test_a_second_run_in_the_same_work_directory_is_refused(folder, tmp_path):
+  config = words_config(folder)
+  config.train.grace = 0.01
+  with stages.locked(tmp_path), pytest.raises(DataError, match="another process is writing to it"):
+    run(config, tmp_path, at_chance)
+  assert not (tmp_path / "config.json").exists()
 
 
 @pytest.mark.parametrize("key", ["corpus", "image_root"])
