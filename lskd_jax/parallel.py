@@ -198,6 +198,10 @@ class PortTakenError(ValueError):
   """Another program has the coordinator's port; a supervisor starts the run again with another one."""
   exit_code = exit_codes.PEER_LOST
 
+  def __init__(self, where: str):
+    super().__init__(f"process 0 cannot listen at {where}: its port is in use, or not of this host; choose "
+                     "another one")
+
 
 def initialize(coordinator: str | None = None, processes: int | None = None, process_id: int | None = None, *,
                multi_host: bool = False, start_seconds: int = 600, heartbeat_seconds: int = 100) -> None:
@@ -229,6 +233,8 @@ def initialize(coordinator: str | None = None, processes: int | None = None, pro
     return
   if not multi_host:
     _check_addresses(coordinator, processes, process_id)
+    if process_id == 0:
+      _check_port(coordinator)
   where = coordinator or "the coordinator"
   with _all_come(start_seconds, f"{processes or 'the'} processes", where):
     try:
@@ -243,8 +249,7 @@ def initialize(coordinator: str | None = None, processes: int | None = None, pro
         raise ValueError("--multi-host: JAX finds no TPU VM, Slurm step, Kubernetes job or mpirun here; give "
                          "--coordinator, --processes and --process-id") from error
       if "Failed to start RPC server" in text:
-        raise PortTakenError(f"process 0 cannot listen at {where}: its port is in use, or not of this host; "
-                             "choose another one") from error
+        raise PortTakenError(where) from error
       raise ValueError(f"the processes of this run could not be joined at {where}: {text}") from error
     found = Counter(device.process_index for device in jax.devices())
   if processes not in (None, len(found)):
@@ -264,6 +269,16 @@ def _check_addresses(coordinator: str | None, processes: int, process_id: int | 
   host, _, port = coordinator.rpartition(":")
   if not host or not port.isdigit():
     raise ValueError(f"--coordinator {coordinator}: is not HOST:PORT")
+
+
+def _check_port(coordinator: str) -> None:
+  """JAX may crash where it cannot listen."""
+  both = socket.has_dualstack_ipv6()
+  try:
+    socket.create_server(("", int(coordinator.rpartition(":")[2])), dualstack_ipv6=both,
+                         family=socket.AF_INET6 if both else socket.AF_INET).close()
+  except OSError as error:
+    raise PortTakenError(coordinator) from error
 
 
 def _refuse_lone_worker(processes: int | None) -> None:

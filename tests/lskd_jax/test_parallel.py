@@ -175,7 +175,7 @@ def test_a_port_that_another_program_has_is_an_error_that_another_start_cures():
   with socket.create_server(("localhost", 0)) as other:
     done = start((f"localhost:{other.getsockname()[1]}", 2, 0), {})
   assert "PortTakenError: process 0 cannot listen at localhost:" in done.stderr
-  assert exit_codes.restarts(errors.exit_code(parallel.PortTakenError()))
+  assert exit_codes.restarts(errors.exit_code(parallel.PortTakenError("localhost:1")))
 
 
 def test_slurm_is_found_and_a_wrong_number_of_processes_refused():
