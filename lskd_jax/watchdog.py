@@ -157,8 +157,11 @@ class Watchdog:
     return self._signs[kind, process][1]
 
   def _verdict(self, board: dict[int, dict]) -> str:
-    """One line: which process is late, and where all of them are."""
-    late = min(board, key=lambda i: (board[i]["step"], board[i]["time"]))
+    """One line: which process is late, and where all of them are.
+
+    Of one that was stopped, the board may have the very step at which the others wait for it.
+    """
+    late = min(board, key=lambda i: (self._signs["board", i][1] <= 2, board[i]["step"], board[i]["time"]))
     lines = (f"process {i} at step {line['step']} in {line['phase']} for {self._clock() - line['time']:.0f} s"
              for i, line in sorted(board.items()))
     return f"no progress; process {late} is late ({'; '.join(lines)})"

@@ -62,8 +62,7 @@ def until(condition):
 
 
 def loop(stop, begin, found, limit=10**6):
-  """A training loop in which each step takes a moment; notes (what, where) it is told."""
-  stop.ready(begin)
+  """A training loop that is ready, in which each step takes a moment; notes (what, where) it is told."""
   for step in range(begin, limit):
     due = stop.at_boundary(step)
     if due:
@@ -75,9 +74,10 @@ def loop(stop, begin, found, limit=10**6):
 
 def run_loops(stops, begins, meanwhile):
   found = [[] for _ in stops]
-  threads = [threading.Thread(target=loop, args=(stop, begin, notes))
+  threads = [threading.Thread(target=loop, args=(stop, begin, notes), daemon=True)
              for (stop, _), begin, notes in zip(stops, begins, found)]
-  for thread in threads:
+  for (stop, _), begin, thread in zip(stops, begins, threads):
+    stop.ready(begin)
     thread.start()
   meanwhile()
   for thread in threads:

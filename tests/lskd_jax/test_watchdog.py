@@ -56,6 +56,17 @@ def test_of_processes_at_the_same_step_the_one_that_moved_longest_ago_is_named(r
   assert "process 1 is late" in json.loads((run.folder / "crash-0.json").read_text())["reason"]
 
 
+def test_a_process_that_shows_no_life_is_named_before_one_that_came_to_the_step_earlier(run):
+  put(run, ("step", "step"), (8, 8))
+  run.clock.now += 1
+  run.dogs[1].at("step", 8)
+  run.dogs[1].look()
+  for _ in range(5):
+    run.clock.now += 60
+    run.dogs[0].look()
+  assert "process 1 is late" in json.loads((run.folder / "crash-0.json").read_text())["reason"]
+
+
 def test_time_in_which_a_process_was_suspended_is_not_counted(run):
   put(run, ("step", "step"), (8, 8))
   run.clock.now += 4000
