@@ -7,7 +7,6 @@ import traceback
 
 from lskd_jax import exit_codes
 
-AT_ONCE = 1000  # characters, of at most four bytes: what `writable` is good for
 OURS = ("data_pipeline", "lskd_jax", "configs")
 
 
@@ -20,21 +19,21 @@ def exit_code(error: BaseException) -> int:
   return getattr(error, "exit_code", exit_codes.INPUT)
 
 
-def say(text: str) -> None:
-  """Prints a line to standard error. That nobody reads it, after a lost connection, changes nothing else; nor
-  does a reader who stands still: what cannot be written is left out."""
-  text += "\n"
+def say(text: str, patience: float | None = 1.0) -> None:
+  """Prints a line to standard error. That nobody reads it, after a lost connection, changes nothing else.
+
+  patience: seconds to wait where it is full and nobody reads; then the line is left out. None waits.
+  """
+  if not writable(sys.stderr, patience):
+    return
   try:
-    for start in range(0, len(text), AT_ONCE):
-      if not writable(sys.stderr):
-        return
-      print(text[start:start + AT_ONCE], end="", file=sys.stderr, flush=True)
+    print(text, file=sys.stderr, flush=True)
   except OSError as error:
     if error.errno in (errno.EPIPE, errno.EIO):  # or Python tries again at its end, and exits with 120
       os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stderr.fileno())
 
 
-def writable(stream, seconds: float = 1.0) -> bool:
+def writable(stream, seconds: float | None) -> bool:
   """False if a write would wait: for a terminal stopped by Ctrl-S, or a full pipe that nobody reads.
 
   True is good for 4096 bytes: the room that Linux calls a pipe writable for.
@@ -48,11 +47,12 @@ def writable(stream, seconds: float = 1.0) -> bool:
 def report(error: BaseException) -> None:
   """Prints one line for what a user can mend, and a traceback where the program is wrong."""
   if isinstance(error, KeyboardInterrupt):
-    say("lskd: interrupted; run the same command again: demo, corpus and train go on where they stopped")
+    say("lskd: interrupted; run the same command again: demo, corpus and train go on where they stopped",
+        None)
   elif isinstance(error, (ValueError, OSError)) and is_about_input(error):
-    say(f"lskd: error: {in_one_line(error)}")
+    say(f"lskd: error: {in_one_line(error)}", None)
   else:
-    say("".join(traceback.format_exception(error)).rstrip())
+    say("".join(traceback.format_exception(error)).rstrip(), None)
 
 
 def is_about_input(error: BaseException) -> bool:

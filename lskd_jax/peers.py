@@ -159,12 +159,12 @@ class leaving_at_once:
       self._end(found, error, code)
 
   def _end(self, found, error: BaseException, code: int) -> None:
+    if code not in (exit_codes.DONE, *exit_codes.PREEMPTIONS):
+      write_crash(self._workdir, found.index, {
+          "code": code, "reason": errors.in_one_line(error), "traceback": traceback.format_exception(error)})
     if is_lost_peer(error):
       errors.say(f"lskd: process {found.index}: another process of this run is lost: "
                  f"{errors.in_one_line(error)[:300]}")
     elif not isinstance(error, SystemExit):
       errors.report(error)
-    if code not in (exit_codes.DONE, *exit_codes.PREEMPTIONS):
-      write_crash(self._workdir, found.index, {
-          "code": code, "reason": errors.in_one_line(error), "traceback": traceback.format_exception(error)})
     leave(code)

@@ -174,7 +174,7 @@ class Watchdog:
         faulthandler.dump_traceback(file, all_threads=True)
       errors.say(f"lskd: process {index}: {verdict}; exit code {code}")
       with contextlib.suppress(OSError, ValueError):
-        if errors.writable(sys.__stderr__):
+        if errors.writable(sys.__stderr__, 1.0):
           faulthandler.dump_traceback(sys.__stderr__, all_threads=True)
       if self._store.count > 1:
         time.sleep(FAREWELL)
