@@ -95,7 +95,7 @@ def library_of(address: int) -> str:
 
 
 def end_with_parent(number: signal.Signals) -> None:
-  """For a child between fork and exec: Linux sends it this signal when the thread that made it has ended."""
+  """For a child, also between fork and exec: Linux sends it this signal when the thread that made it ends."""
   if sys.platform == "linux":
     LIBC.prctl(1, number)  # PR_SET_PDEATHSIG
 

@@ -16,7 +16,6 @@ from tqdm import tqdm
 
 from data_pipeline.records import DataError
 from data_pipeline.stages import write_json
-from lskd_jax import signals
 from lskd_jax.config_files import load_config
 from lskd_jax.plan import files
 from lskd_jax.plan.topology import Topology, environment
@@ -54,8 +53,7 @@ def compiled(request: dict, variables: dict, label: str, quiet: bool) -> dict:
   """
   with tempfile.TemporaryFile() as errors:
     worker = subprocess.Popen([sys.executable, "-m", "lskd_jax.plan.worker", json.dumps(request)],
-                              env={**os.environ, **variables}, stdout=subprocess.PIPE, stderr=errors,
-                              preexec_fn=lambda: signals.end_with_parent(signal.SIGKILL))
+                              env={**os.environ, **variables}, stdout=subprocess.PIPE, stderr=errors)
     try:
       last = _follow(worker, label, quiet)
       if "facts" not in last:

@@ -4,7 +4,10 @@ Its own process because libtpu reads its environment when it is loaded, and beca
 interrupted, and may crash. It writes a JSON line for each stage that begins, and one at the end.
 """
 import json
+import signal
 import sys
+
+from lskd_jax import signals
 
 
 def main(text: str) -> None:
@@ -26,4 +29,5 @@ def main(text: str) -> None:
 
 
 if __name__ == "__main__":
+  signals.end_with_parent(signal.SIGKILL)  # here: JAX warns of a fork that is more than an exec
   main(sys.argv[1])

@@ -1,4 +1,5 @@
 """Plans: topologies, floors, costs, and a plan for CPU devices from the command line to its text."""
+import contextlib
 import json
 import math
 import os
@@ -237,30 +238,26 @@ def test_an_interval_between_saves_that_is_none_is_refused_before_anything_is_co
   assert "train.save_every=0 must be at least 1" in capsys.readouterr().err
 
 
-def test_an_interrupt_ends_a_plan_at_once(tmp_path):
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux tells processes of their parent's end")
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_ends_a_plan_and_its_compiler_at_once(tmp_path, number):
   process = subprocess.Popen(command("cpu:4"), cwd=ROOT, env=environment(tmp_path), text=True,
                              stderr=subprocess.PIPE)
   seen = ""
   while "tracing" not in seen:
     seen += process.stderr.read(1)
     assert process.poll() is None
-  process.send_signal(signal.SIGINT)
-  _, rest = process.communicate(timeout=60)
-  assert process.returncode == 130 and "interrupted" in rest
-
-
-@pytest.mark.skipif(sys.platform != "linux", reason="only Linux tells processes of their parent's end")
-def test_the_compiler_ends_with_the_plan_that_waits_for_it(tmp_path):
-  compiler, file = tmp_path / "compiler", tmp_path / "pid"
-  compiler.write_text(f"#!/bin/sh\necho $$ > {file}.part\nmv {file}.part {file}\nexec sleep 60\n")
-  compiler.chmod(0o755)
-  script = (f"import sys\nfrom lskd_jax.plan import run\nsys.executable = {str(compiler)!r}\n"
-            "run.compiled({'topology': 'cpu:4'}, {}, 'plan', True)")
-  process = subprocess.Popen([sys.executable, "-c", script], cwd=ROOT)
-  until(file.exists)
-  process.terminate()
-  assert process.wait(timeout=60) == -signal.SIGTERM
-  until(lambda: not runs(int(file.read_text())))
+  (worker,) = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+  os.kill(int(worker), signal.SIGSTOP)  # as a compiler that has long to go
+  try:
+    process.send_signal(number)
+    _, rest = process.communicate(timeout=60)
+    if number == signal.SIGINT:
+      assert process.returncode == 130 and "interrupted" in rest
+    until(lambda: not runs(worker))
+  finally:
+    with contextlib.suppress(ProcessLookupError):
+      os.kill(int(worker), signal.SIGKILL)
 
 
 def until(condition):
@@ -270,7 +267,7 @@ def until(condition):
     time.sleep(0.01)
 
 
-def runs(pid: int) -> bool:
+def runs(pid: str) -> bool:
   """Whether a process does anything; one that has ended may still have an entry."""
   try:
     return " Z " not in Path(f"/proc/{pid}/stat").read_text()
