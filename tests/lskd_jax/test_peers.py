@@ -1,36 +1,22 @@
-"""How a process of a run ends when something goes wrong in it."""
-import errno
-import os
-
+"""Which errors of a computation mean that another process of the run is gone."""
+import jax
 import pytest
 
-from data_pipeline.records import DataError
-from data_pipeline.stages import write_json
-from lskd_jax import errors, peers
-from lskd_jax.exit_codes import CANNOT_SAVE, INPUT
+from lskd_jax.peers import is_lost_peer
 
 
-def ends_with(error, workdir) -> tuple[int, str]:
-  """The exit code and the line of an error in a run."""
-  with pytest.raises(type(error)) as raised, peers.leaving_at_once(workdir):
-    raise error
-  return errors.exit_code(raised.value), errors.in_one_line(raised.value)
+@pytest.mark.parametrize("error", [
+    jax.errors.JaxRuntimeError("UNAVAILABLE: Socket closed"),
+    jax.errors.JaxRuntimeError("DEADLINE_EXCEEDED: Barrier timed out"),
+    jax.errors.JaxRuntimeError("FAILED_PRECONDITION: Gloo all-reduce failed: Connection reset by peer"),
+    ValueError("UNKNOWN: Gloo AllGather failed: [transport/tcp/pair.cc] Connection closed by peer")])
+def test_a_connection_that_breaks_is_a_lost_peer(error):
+  assert is_lost_peer(error)
 
 
-def test_a_full_disk_ends_a_run_as_a_checkpoint_that_cannot_be_written(tmp_path):
-  """Whichever file is the first: writing, unlike opening, does not say which it was."""
-  for number in (errno.ENOSPC, errno.EDQUOT):
-    assert ends_with(OSError(number, "full"), tmp_path) == (
-        CANNOT_SAVE, f"{tmp_path}: the disk is full; free some space and run again")
-  assert ends_with(OSError(errno.ENOSPC, "full", "/cache/a"), tmp_path)[1].startswith("/cache/a: the disk")
-  assert ends_with(PermissionError(errno.EACCES, "refused", "a"), tmp_path) == (INPUT, "a: refused")
-
-
-def test_so_does_one_that_was_put_into_words_already(tmp_path, monkeypatch):
-  def full(*unused):
-    raise OSError(errno.ENOSPC, "full")
-  monkeypatch.setattr(os, "fsync", full)
-  with pytest.raises(DataError, match="done.json: the disk is full") as raised:
-    with peers.leaving_at_once(tmp_path):
-      write_json(tmp_path / "done.json", {})
-  assert errors.exit_code(raised.value) == CANNOT_SAVE
+@pytest.mark.parametrize("error", [
+    jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: out of memory"),
+    ValueError("the connection of two widths"),
+    ConnectionError("Gloo")])
+def test_other_errors_are_the_process_s_own(error):
+  assert not is_lost_peer(error)
