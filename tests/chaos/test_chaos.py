@@ -4,7 +4,7 @@ Every case starts real processes, lets something happen at a point that the run 
 at the exit codes, and starts the same command again, also with another number of processes. Then the
 parameters' digest and the log of examples must be those of a run that nothing happened to.
 
-About half a minute a case on two cores: `pytest -m slow tests/chaos`.
+10 to 120 s a case, two side by side on two cores: `pytest -m slow tests/chaos`.
 """
 import functools
 import json
